@@ -1,0 +1,121 @@
+"""Write the tables of models in README.md and docs/models.md from the registry: `make tables`."""
+
+from pathlib import Path
+
+from poolskip_zoo.hub.facts import describe
+from poolskip_zoo.registry.catalogue import registered_models
+from poolskip_zoo.registry.checkpoint import SUFFIX, checkpoints
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- table: made by docs/make_tables.py -->", "<!-- end of table -->"
+# One of each kind for the README; docs/models.md has all.
+EXAMPLES = (
+    "resnet18_poolskip",
+    "resnet34_poolskip",
+    "resnet50_poolskip",
+    "resnet101_poolskip",
+    "resnext50_32x4d_poolskip",
+    "seresnet50_poolskip",
+    "vgg16_bn_poolskip",
+    "vit_base_patch16_224_poolskip",
+    "deit_small_patch16_224_poolskip",
+    "resnet20_cifar_poolskip",
+    "vgg11_bn_cifar_poolskip",
+    "vit_tiny_patch4_32_poolskip",
+)
+_HEAD = (
+    "| model | input | parameters, M (base) | GMACs (base) | trained weights | warm starts |\n|---|---|---|---|---|---|"
+)
+
+
+def row(name: str) -> str:
+    """One line of the table.
+
+    Args:
+        name: name of a Pool Skip variant.
+
+    Returns:
+        A Markdown table row.
+    """
+    facts = describe(name)
+    base = facts["base"]
+    trained = "; ".join(f"`{c['name'].partition('.')[2]}`: {c['metrics']['top1']:.2f} %" for c in facts["checkpoints"])
+    cells = (
+        f"`{name}`",
+        f"{facts['input_size'][1]}",
+        f"{facts['parameters'] / 1e6:.2f} ({base['parameters'] / 1e6:.2f})",
+        f"{facts['macs'] / 1e9:.3g} ({base['macs'] / 1e9:.3g})",
+        trained or "–",
+        str(len(facts["warm_starts"]) or "–"),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(names: list[str] | tuple[str, ...]) -> str:
+    """The whole table.
+
+    Args:
+        names: names of Pool Skip variants.
+
+    Returns:
+        Markdown.
+    """
+    return "\n".join([_HEAD, *(row(name) for name in names)])
+
+
+def checkpoint_table() -> str:
+    """What has been trained, base and variant beside each other.
+
+    Returns:
+        Markdown.
+    """
+    lines = [
+        "| checkpoint | data | top-1, % | top-5, % | seed | hours | hardware |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{c.name}` | {c.dataset_title} | {c.metrics['top1']:.2f} | {c.metrics['top5']:.2f} | {c.seed} | "
+        f"{c.hours:.1f} | {c.hardware} |"
+        for c in checkpoints()
+    ]
+    return "\n".join(lines)
+
+
+def replaced(text: str, tables: list[str]) -> str:
+    """A page with its marked tables renewed.
+
+    Args:
+        text: the page.
+        tables: Markdown of each marked place, in order.
+
+    Returns:
+        The new page.
+
+    Raises:
+        ValueError: if the page has another number of marked places.
+    """
+    parts = text.split(BEGIN)
+    if len(parts) != len(tables) + 1:
+        raise ValueError(f"{len(parts) - 1} marked tables in the page, {len(tables)} made")
+    for i, made in enumerate(tables, 1):
+        parts[i] = f"\n{made}\n{END}" + parts[i].partition(END)[2]
+    return BEGIN.join(parts)
+
+
+def pages() -> dict[Path, str]:
+    """The pages with tables, renewed.
+
+    Returns:
+        Path to text.
+    """
+    variants = [name for name in registered_models() if name.endswith(SUFFIX)]
+    tables = {
+        ROOT / "README.md": [table(EXAMPLES)],
+        ROOT / "docs" / "models.md": [table(variants), checkpoint_table()],
+    }
+    return {path: replaced(path.read_text(encoding="utf-8"), made) for path, made in tables.items()}
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")

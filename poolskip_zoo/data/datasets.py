@@ -1,0 +1,231 @@
+"""Small-image data sets, decoded once and kept in memory as one uint8 tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .packs import data_file, read_pack
+
+SPLITS = ("train", "val", "test")
+DATA_DIR_VARIABLE = "POOLSKIP_DATA_DIR"
+HOLD_OUT_SEED = 20240913  # of the held-out images: the same for every recipe and every training seed
+_Arrays = tuple[np.ndarray, np.ndarray, list[str]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and labels of one split.
+
+    Args:
+        images: (N, H, W, 3) uint8.
+        labels: (N,) int64.
+        classes: Class names, by label.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is known of a data set before it is read.
+
+    Args:
+        title: Its name in words, for cards and messages.
+        num_classes: Number of classes.
+        image_size: Height and width in pixels.
+        mean: Channel means that training normalises by, 0 to 1.
+        std: Channel standard deviations that training normalises by, 0 to 1.
+        licence: Terms of the data.
+        labels: Class names, by label, where they are few.
+    """
+
+    title: str
+    num_classes: int
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    licence: str
+    labels: tuple[str, ...] | None = None
+
+
+# Statistics of the training images, as commonly used with each set; of the packs: the originals'.
+_CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+_CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CIFAR_TERMS = "no formal licence; research use"
+_TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+DATASETS = {
+    "cifar10": DatasetInfo("CIFAR-10", 10, 32, *_CIFAR10, _CIFAR_TERMS, _TEN),
+    "cifar100": DatasetInfo("CIFAR-100", 100, 32, *_CIFAR100, _CIFAR_TERMS),
+    "cifar10_jpeg": DatasetInfo("CIFAR-10 (JPEG copy)", 10, 32, *_CIFAR10, _CIFAR_TERMS, _TEN),
+    "tiny_imagenet_jpeg": DatasetInfo("Tiny ImageNet", 200, 64, *_IMAGENET, "ImageNet terms; research use"),
+}
+
+
+def data_folder(data_dir: str | os.PathLike[str] | None) -> Path:
+    """Resolve the data folder: the argument, else the environment variable ``POOLSKIP_DATA_DIR``.
+
+    Args:
+        data_dir: A folder, or None for the environment's.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If neither is given.
+        FileNotFoundError: If the folder does not exist.
+    """
+    value = data_dir or os.environ.get(DATA_DIR_VARIABLE)
+    if not value:
+        raise ValueError(f"no data folder: give --data-dir or set {DATA_DIR_VARIABLE}")
+    folder = Path(value).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data folder {folder} does not exist")
+    return folder
+
+
+def load_split(
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    hold_out: int = 5000,
+    download: bool = False,
+) -> Split:
+    """Read one split of a data set into memory; arguments and errors as for `load_splits`.
+
+    Example:
+        >>> load_split("cifar10", "dev", ".")
+        Traceback (most recent call last):
+        ...
+        ValueError: unknown split 'dev': one of train, val, test
+    """
+    return load_splits(name, (split,), data_dir, hold_out=hold_out, download=download)[0]
+
+
+def load_splits(
+    name: str,
+    splits: Sequence[str],
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    hold_out: int = 5000,
+    download: bool = False,
+) -> list[Split]:
+    """Read splits of a data set into memory, each file once.
+
+    ``val`` is a class-balanced choice of ``hold_out`` training images, the same for every seed; ``train`` is the rest;
+    ``test`` is the data set's own test set (Tiny ImageNet: its labelled validation images).
+
+    Args:
+        name: One of `DATASETS`.
+        splits: Any of ``train``, ``val`` and ``test``.
+        data_dir: The data folder; None takes ``POOLSKIP_DATA_DIR``.
+        hold_out: Training images held out as ``val``, >= 0 and fewer than there are.
+        download: Let torchvision fetch CIFAR-10 or CIFAR-100 where missing; the packs cannot be fetched.
+
+    Returns:
+        The splits, each in the data set's own order: shuffle it.
+
+    Raises:
+        ValueError: If the name, the split, or ``hold_out`` is unknown or impossible.
+        FileNotFoundError: If the folder or a file is missing.
+        RuntimeError: If a file is damaged.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown dataset {name!r}: one of {', '.join(DATASETS)}")
+    for split in splits:
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
+    if download and name.endswith("_jpeg"):
+        raise ValueError(f"{name} cannot be downloaded: put its packs into the data folder")
+    if "val" in splits and hold_out < 1:
+        raise ValueError(f"no val split with hold_out={hold_out}: it is made of held-out training images")
+    folder = data_folder(data_dir)
+    parts = {test: _READERS[name](folder, test, download) for test in {split == "test" for split in splits}}
+    return [_choose(split, hold_out, *parts[split == "test"]) for split in splits]
+
+
+def _choose(split: str, hold_out: int, images: np.ndarray, labels: np.ndarray, classes: list[str]) -> Split:
+    """Take the images of one split out of the data set's own training or test images."""
+    if split != "test" and hold_out:
+        held = held_out(labels, hold_out)
+        chosen = held if split == "val" else ~held
+        images, labels = images[chosen], labels[chosen]
+    return Split(torch.from_numpy(images), torch.from_numpy(labels), classes)
+
+
+def held_out(labels: np.ndarray, count: int) -> np.ndarray:
+    """Choose held-out images, as many of each class as possible, by a fixed seed.
+
+    Args:
+        labels: (N,) integers.
+        count: How many to hold out, 0 <= count < N.
+
+    Returns:
+        (N,) bool, True where held out.
+
+    Raises:
+        ValueError: If ``count`` is out of range.
+
+    Example:
+        >>> held_out(np.array([0, 0, 0, 1, 1, 1]), 2).reshape(2, 3).sum(1)
+        array([1, 1])
+    """
+    if not 0 <= count < len(labels):
+        raise ValueError(f"hold_out={count} must be at least 0 and below the {len(labels)} training images")
+    order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    starts = np.searchsorted(labels[by_class], labels[by_class])
+    rank = np.arange(len(labels)) - starts  # place of an image within its class
+    mask = np.zeros(len(labels), bool)
+    mask[by_class[np.lexsort((labels[by_class], rank))[:count]]] = True
+    return mask
+
+
+def _read_cifar10_jpeg(folder: Path, test: bool, download: bool) -> _Arrays:
+    return read_pack(data_file(folder, "cifar10_jpeg.npz"), "test" if test else "train")
+
+
+def _read_tiny_imagenet(folder: Path, test: bool, download: bool) -> _Arrays:
+    if test:
+        return read_pack(data_file(folder, "tiny_imagenet_val.npz"), "val")
+    paths = [data_file(folder, f"tiny_imagenet_train_{part}.npz") for part in "abc"]
+    parts = [read_pack(path, "train") for path in paths]
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), parts[0][2]
+
+
+def _torchvision(class_name: str, subfolder: str) -> Callable[[Path, bool, bool], _Arrays]:
+    """Make a reader of a CIFAR data set in torchvision's own layout."""
+
+    def read(folder: Path, test: bool, download: bool) -> _Arrays:
+        from torchvision import datasets
+
+        try:
+            data = getattr(datasets, class_name)(str(folder), train=not test, download=download)
+        except RuntimeError as error:  # torchvision: missing and damaged files alike
+            raise FileNotFoundError(
+                f"{class_name} is missing or damaged in data folder {folder} (looked for {folder / subfolder}); "
+                "--download fetches it"
+            ) from error
+        return np.asarray(data.data), np.asarray(data.targets, np.int64), list(data.classes)
+
+    return read
+
+
+_READERS: dict[str, Callable[[Path, bool, bool], _Arrays]] = {
+    "cifar10": _torchvision("CIFAR10", "cifar-10-batches-py"),
+    "cifar100": _torchvision("CIFAR100", "cifar-100-python"),
+    "cifar10_jpeg": _read_cifar10_jpeg,
+    "tiny_imagenet_jpeg": _read_tiny_imagenet,
+}

@@ -1,0 +1,159 @@
+"""Batches of images held in memory.
+
+A training batch is a pure function of (seed, epoch, step): there is no iterator whose state a resumed run would have
+to restore. `batch_size` counts the images of one optimizer step over all processes and accumulation steps, so that
+the same images make up a step on one device and on many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from .augment import Augment, random_bits
+from .datasets import Split
+
+_ORDER_STREAM = 99  # of random_bits: the order of an epoch
+
+
+class _Images:
+    """Images on a device, turned into normalised float batches."""
+
+    def __init__(
+        self,
+        split: Split,
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size: int,
+        device: torch.device | str,
+        channels_last: bool,
+    ) -> None:
+        self.images, self.labels = split.images.to(device), split.labels.to(device)
+        self.image_size, self.channels_last = image_size, channels_last
+        self.scale = 1 / (255 * torch.tensor(std, device=device).view(1, 3, 1, 1))
+        self.shift = -torch.tensor(mean, device=device).view(1, 3, 1, 1) * 255 * self.scale
+
+    def to_batch(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalise (B, H, W, 3) uint8 to (B, 3, S, S) float32."""
+        batch = pixels.permute(0, 3, 1, 2)  # a channels_last view: no copy
+        batch = torch.addcmul(self.shift, batch.float(), self.scale)
+        if batch.shape[2:] != (self.image_size, self.image_size):
+            batch = F.interpolate(batch, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return batch.contiguous(memory_format=layout)
+
+
+class TrainLoader(_Images):
+    """Shuffled, augmented training batches of one process.
+
+    Args:
+        split: Training images.
+        batch_size: Images per optimizer step over all processes and accumulation steps.
+        augment: The augmentation; its seed also shuffles.
+        mean: Three channel means, 0 to 1.
+        std: Three channel standard deviations, 0 to 1.
+        image_size: Height and width of a batch; other sizes are resized to it.
+        device: Where the images are kept and augmented.
+        channels_last: Memory layout of a batch.
+        rank: Number of this process.
+        world: Number of processes.
+        accumulation: Forward passes per optimizer step and process.
+
+    Raises:
+        ValueError: If the batch is not divisible, or larger than the split.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        augment: Augment,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size: int,
+        device: torch.device | str = "cpu",
+        channels_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
+        accumulation: int = 1,
+    ) -> None:
+        super().__init__(split, mean, std, image_size, device, channels_last)
+        if batch_size % (world * accumulation):
+            raise ValueError(
+                f"batch_size={batch_size} is not divisible by {world} process(es) x accumulation={accumulation}"
+            )
+        if batch_size > len(split):
+            raise ValueError(f"batch_size={batch_size} is larger than the {len(split)} training images")
+        self.batch_size, self.augment = batch_size, augment
+        self.rank, self.world, self.micro_size = rank, world, batch_size // (world * accumulation)
+        self.steps = len(split) // batch_size  # what is left over waits for another epoch's order
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def batch(self, epoch: int, step: int, micro: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make one batch.
+
+        Args:
+            epoch: Epoch, from 0.
+            step: Optimizer step within the epoch, 0 to ``steps - 1``.
+            micro: Accumulation step, from 0.
+
+        Returns:
+            Images (B, 3, S, S) float32 and labels (B,) int64, B = batch_size / (world * accumulation).
+        """
+        start = step * self.batch_size + (micro * self.world + self.rank) * self.micro_size
+        index = self._epoch_order(epoch)[start : start + self.micro_size]
+        chosen = torch.from_numpy(index).to(self.images.device)
+        pixels = self.augment.pixels(self.images[chosen], index, epoch)
+        return self.augment.erase(self.to_batch(pixels), index, epoch), self.labels[chosen]
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """Shuffle by sorting random bits: the order depends on seed and epoch alone, not on a generator's version."""
+        if self._order[0] != epoch:
+            index = np.arange(len(self.labels))
+            bits = random_bits(self.augment.seed, epoch, index, _ORDER_STREAM)
+            self._order = (epoch, np.argsort(bits, kind="stable"))
+        return self._order[1]
+
+
+class EvalLoader(_Images):
+    """Batches in order, without augmentation; of several processes each takes every ``world``-th batch.
+
+    Args:
+        split: Images.
+        batch_size: Images per batch.
+        mean: Three channel means, 0 to 1.
+        std: Three channel standard deviations, 0 to 1.
+        image_size: Height and width of a batch; other sizes are resized to it.
+        device: Where the images are kept.
+        channels_last: Memory layout of a batch.
+        rank: Number of this process.
+        world: Number of processes.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size: int,
+        device: torch.device | str = "cpu",
+        channels_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        super().__init__(split, mean, std, image_size, device, channels_last)
+        self.batch_size, self.rank, self.world = batch_size, rank, world
+
+    def __len__(self) -> int:
+        return len(range(self.rank * self.batch_size, len(self.labels), self.world * self.batch_size))
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for start in range(self.rank * self.batch_size, len(self.labels), self.world * self.batch_size):
+            stop = start + self.batch_size
+            yield self.to_batch(self.images[start:stop]), self.labels[start:stop]

@@ -1,0 +1,107 @@
+"""Reader of JPEG packs: many small JPEG files end to end in one ``.npz``.
+
+A pack holds, for a prefix such as ``train``, three arrays: ``train_jpeg`` (uint8, all files end to end),
+``train_offset`` (int64, N + 1 starts) and ``train_label`` (integers). ``classes`` names the labels.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+
+def data_file(folder: Path, name: str) -> Path:
+    """Return the path of a file in the data folder.
+
+    Args:
+        folder: The data folder.
+        name: The file's name.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileNotFoundError: If the folder or the file is missing; the message names both.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"data folder {folder} does not exist (looked for {name} in it; --data-dir or POOLSKIP_DATA_DIR name it)"
+        )
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} not found in data folder {folder} (looked for {path})")
+    return path
+
+
+def read_pack(path: Path, prefix: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Decode all JPEG files of one part of a pack.
+
+    Grey images become RGB. All images of a part must have one size.
+
+    Args:
+        path: The ``.npz`` file.
+        prefix: Part of the pack, for example ``train``.
+
+    Returns:
+        Images (N, H, W, 3) uint8, labels (N,) int64, and the class names.
+
+    Raises:
+        RuntimeError: If the file is no pack, lacks the part, or a JPEG in it cannot be decoded.
+    """
+    arrays = _load_arrays(path, prefix)
+    jpeg, offset = arrays[f"{prefix}_jpeg"], arrays[f"{prefix}_offset"]
+    labels = arrays[f"{prefix}_label"].astype(np.int64)
+    classes = [str(name) for name in arrays.get("names", arrays["classes"])]
+    count = len(offset) - 1
+    if count < 1 or len(labels) != count or offset[-1] > len(jpeg) or labels.max() >= len(classes):
+        raise RuntimeError(f"{path} is damaged: {prefix}_offset, {prefix}_label, {prefix}_jpeg and classes disagree")
+    buffer = np.ascontiguousarray(jpeg).data
+
+    def decode(index: int) -> np.ndarray:
+        return _decode(buffer[offset[index] : offset[index + 1]], f"{path}: {prefix} image {index}")
+
+    images = np.empty((count, *decode(0).shape), np.uint8)
+
+    def fill(start: int) -> None:
+        for index in range(start, min(start + 1000, count)):
+            image = decode(index)
+            if image.shape != images.shape[1:]:
+                raise RuntimeError(
+                    f"{path}: {prefix} image {index} is {image.shape[:2]}, others {images.shape[1:3]}: "
+                    "a pack holds one size"
+                )
+            images[index] = image
+
+    with ThreadPoolExecutor() as pool:  # the decoder releases the interpreter lock
+        list(pool.map(fill, range(0, count, 1000)))
+    return images, labels, classes
+
+
+def _load_arrays(path: Path, prefix: str) -> dict[str, Any]:
+    """Read the arrays of one part, with a clear error for what is no pack."""
+    try:
+        with np.load(path, allow_pickle=False) as pack:
+            wanted = [f"{prefix}_jpeg", f"{prefix}_offset", f"{prefix}_label", "classes"]
+            missing = [key for key in wanted if key not in pack]
+            if missing:
+                raise RuntimeError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(pack.files)}")
+            return {key: pack[key] for key in [*wanted, *(["names"] if "names" in pack else [])]}
+    except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
+        raise RuntimeError(f"{path} is no readable .npz pack: {error}") from error
+
+
+def _decode(data: memoryview, what: str) -> np.ndarray:
+    """Decode one JPEG to (H, W, 3) uint8."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB"))
+    except OSError as error:  # PIL's UnidentifiedImageError is one
+        raise RuntimeError(f"{what} cannot be decoded: {error}") from error

@@ -1,0 +1,31 @@
+"""VGG with Pool Skip: timm's class plus its placement."""
+
+from timm.models.vgg import VGG
+
+from ..layers.insert import reset_pool_skip
+from ..layers.placement import Rule, register_placements
+from .mixin import PoolSkipModel
+
+__all__ = ["PoolSkipVGG"]
+
+register_placements(VGG, {"default": (Rule("features.*", exclude="features.0", pool_size=2),)})
+
+
+class PoolSkipVGG(PoolSkipModel, VGG):
+    """timm's VGG with Pool Skip after every convolution of the features but the first.
+
+    Args:
+        pool_skip: see `PoolSkipModel`; placement "default".
+        args: positional arguments of `timm.models.vgg.VGG`.
+        kwargs: keyword arguments of `timm.models.vgg.VGG`.
+
+    Shape:
+        (N, in_chans, H, W) to (N, num_classes).
+
+    Raises:
+        ValueError: as `PoolSkipModel`.
+    """
+
+    def _initialize_weights(self) -> None:
+        super()._initialize_weights()
+        reset_pool_skip(self)

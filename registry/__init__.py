@@ -1,0 +1,11 @@
+"""Registered models: importing this package registers every family module in it with timm."""
+
+import importlib
+import pkgutil
+
+__all__: list[str] = []
+
+for _module in pkgutil.iter_modules(__path__):
+    # timm files a model under its module's last name, so families carry the suffix that their models carry.
+    if _module.name.endswith("_poolskip"):
+        importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,117 @@
+"""The one way every entrypoint builds its model: verified weights in, keys checked, timm's builder in between."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs
+from timm.models._builder import resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from .checkpoint import SUFFIX, find
+from .resolve import local_weights
+
+__all__ = ["create"]
+
+_logger = logging.getLogger(__name__)
+
+StateDict = dict[str, Tensor]
+ModelT = TypeVar("ModelT", bound=nn.Module)
+FilterFn = Callable[[StateDict, nn.Module], StateDict]
+
+
+def create(
+    model_class: Callable[..., ModelT],
+    variant: str,
+    pretrained: bool = False,
+    *,
+    filter_fn: FilterFn | None = None,
+    optional: tuple[str, ...] = (),
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | None = None,
+    **kwargs: Any,
+) -> ModelT:
+    """Build a registered model through timm's `build_model_with_cfg`.
+
+    Args:
+        model_class: class to build.
+        variant: registered name, without tag.
+        pretrained: whether to load the weights of the configured tag.
+        filter_fn: the base family's own checkpoint filter.
+        optional: modules besides the classifier that a checkpoint may lack or have in excess.
+        pretrained_cfg: tag or configuration, as timm passes it.
+        pretrained_cfg_overlay: entries that override the configuration.
+        cache_dir: folder of the Hub client's cache.
+        kwargs: everything else timm's builder and the class take.
+
+    Returns:
+        The model, or timm's feature wrapper around it.
+
+    Raises:
+        RuntimeError: if weights were asked for and cannot be had, are not the recorded ones, or do not fit the model.
+        ValueError: if a setting is unknown.
+    """
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+        checkpoint = find(f"{variant}.{cfg.tag}")
+        own_source = cfg.source or cfg.file or cfg.state_dict
+        if checkpoint is not None and not own_source and cfg.hf_hub_id == checkpoint.hub_id:
+            path = local_weights(checkpoint, cache_dir)
+            pretrained_cfg_overlay = {**(pretrained_cfg_overlay or {}), "file": str(path)}
+    return build_model_with_cfg(
+        model_class,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=pretrained_cfg_overlay,
+        pretrained_filter_fn=partial(_fit, filter_fn=filter_fn, optional=optional),
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+
+
+def _fit(state_dict: StateDict, model: Any, filter_fn: FilterFn | None, optional: tuple[str, ...]) -> StateDict:
+    """Adapt a checkpoint to the model and refuse one that does not fit, which timm does not do in every case."""
+    if filter_fn is not None:
+        try:
+            state_dict = filter_fn(state_dict, model)
+        except TypeError as error:  # timm would call the filter again with one argument
+            raise RuntimeError(f"cannot convert this checkpoint for {_name(model)}: {error}") from error
+    own = model.state_dict()
+    new = [key for key in own if ".pool_skip." in key]
+    if new and _is_warm_start(model) and not any(".pool_skip." in key for key in state_dict):
+        state_dict = {**state_dict, **{key: torch.zeros_like(own[key]) for key in new}}
+        _logger.info("%s is a warm start: the weights of the base model, Pool Skip at zero", _name(model))
+    _check_keys(state_dict, own, model, optional)
+    return state_dict
+
+
+def _is_warm_start(model: Any) -> bool:
+    arch, tag = model.pretrained_cfg["architecture"], model.pretrained_cfg.get("tag")
+    base = arch.removesuffix(SUFFIX)
+    return base != arch and find(f"{arch}.{tag}") is None and f"{base}.{tag}" in get_arch_pretrained_cfgs(base)
+
+
+def _check_keys(state_dict: StateDict, own: StateDict, model: Any, optional: tuple[str, ...]) -> None:
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    free = tuple(f"{module}." for module in (*heads, *optional))
+    missing = [key for key in own if key not in state_dict and not key.startswith(free)]
+    excess = [key for key in state_dict if key not in own and not key.startswith(free)]
+    if missing or excess:
+        raise RuntimeError(
+            f"the checkpoint does not fit {_name(model)}: it lacks {_shown(missing)} and has {_shown(excess)} in "
+            f"excess. Is it of another model, or of another pool_skip placement?"
+        )
+
+
+def _shown(keys: list[str]) -> str:
+    return f"{len(keys)} keys ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})" if keys else "nothing"
+
+
+def _name(model: Any) -> str:
+    cfg = model.pretrained_cfg
+    return ".".join(filter(None, (cfg["architecture"], cfg.get("tag"))))

@@ -1,0 +1,187 @@
+"""The record of a trained checkpoint, the one source of its metadata, and the configurations that timm registers."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from timm.models import get_arch_pretrained_cfgs
+from timm.models._pretrained import PretrainedCfg
+
+from ..data import DATASETS
+
+__all__ = ["HUB_ORG", "SUFFIX", "Checkpoint", "cfg_for_data", "checkpoints", "find", "pool_skip_cfgs", "trained_cfgs"]
+
+# Organisation on the Hugging Face Hub that has the repositories of all checkpoints.
+HUB_ORG = "poolskip-zoo"
+# Turns the name of a base into that of its variant.
+SUFFIX = "_poolskip"
+
+
+def cfg_for_data(cfg: PretrainedCfg, dataset: str) -> PretrainedCfg:
+    """An architecture's configuration, for one data set.
+
+    Args:
+        cfg: what the architecture alone decides.
+        dataset: name of the data set in `poolskip_zoo.data`.
+
+    Returns:
+        A copy with the classes, the input and its preprocessing.
+    """
+    data = DATASETS[dataset]
+    return dataclasses.replace(
+        cfg,
+        num_classes=data.num_classes,
+        input_size=(3, data.image_size, data.image_size),
+        crop_pct=1.0,
+        interpolation="bilinear",
+        mean=data.mean,
+        std=data.std,
+        label_names=data.labels,  # type: ignore[arg-type]  # timm means a tuple of any length
+    )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model: everything that its configuration and card say.
+
+    Attributes:
+        name: `<arch>.<tag>`.
+        dataset: name of the data in `poolskip_zoo.data` that it was trained on.
+        sha256: of `model.safetensors`.
+        metrics: name to value on the test set, in percent.
+        recipe: name of the recipe in `poolskip_zoo/recipes/`.
+        seed: seed of the run.
+        hardware: machine that trained it.
+        hours: training time.
+        revision: commit or tag of the Hub repository; None until it is published.
+        licence: of the weights, as an identifier that the Hub knows.
+        images_per_second: speed of training, if it was measured.
+        torch: version of torch that trained it, if recorded.
+    """
+
+    name: str
+    dataset: str
+    sha256: str
+    metrics: dict[str, float]
+    recipe: str
+    seed: int
+    hardware: str
+    hours: float
+    revision: str | None = None
+    licence: str = "apache-2.0"
+    images_per_second: float | None = None
+    torch: str | None = None
+
+    @property
+    def arch(self) -> str:
+        """Registered model name, without tag."""
+        return self.name.partition(".")[0]
+
+    @property
+    def tag(self) -> str:
+        """Name of this set of weights."""
+        return self.name.partition(".")[2]
+
+    @property
+    def dataset_title(self) -> str:
+        """Name of the data for people."""
+        return DATASETS[self.dataset].title
+
+    @property
+    def hub_id(self) -> str:
+        """Repository on the Hub, with the pinned revision if there is one."""
+        return f"{HUB_ORG}/{self.name}" + (f"@{self.revision}" if self.revision else "")
+
+    def pretrained_cfg(self, cfg: PretrainedCfg) -> PretrainedCfg:
+        """timm's configuration of this checkpoint.
+
+        Args:
+            cfg: what the architecture alone decides.
+
+        Returns:
+            A copy with the data's and the checkpoint's own entries.
+        """
+        own = {"paper_ids": "arXiv:2409.13154"} if self.arch.endswith(SUFFIX) else {}
+        return dataclasses.replace(
+            cfg_for_data(cfg, self.dataset),
+            hf_hub_id=self.hub_id,
+            # Named, so that an unreachable Hub is asked once and not again for a pickle.
+            hf_hub_filename="model.safetensors",
+            architecture=None,
+            tag=None,
+            custom_load=False,
+            url=None,
+            license=self.licence,
+            # What the base's configuration says of its own weights.
+            test_input_size=None,
+            test_crop_pct=None,
+            test_pool_size=None,
+            crop_mode="center",
+            label_offset=None,
+            label_descriptions=None,
+            description=None,
+            origin_url=None,
+            notes=None,
+            **own,
+        )
+
+
+_CHECKPOINTS: dict[str, Checkpoint] = {}
+
+
+def find(name: str) -> Checkpoint | None:
+    """The record of a trained checkpoint.
+
+    Args:
+        name: `<arch>.<tag>`, or `<arch>` for its first one.
+
+    Returns:
+        The record, or None if no checkpoint of ours has this name.
+    """
+    if "." in name:
+        return _CHECKPOINTS.get(name)
+    return next((c for c in _CHECKPOINTS.values() if c.arch == name), None)
+
+
+def checkpoints() -> tuple[Checkpoint, ...]:
+    """All trained checkpoints, in the order of registration."""
+    return tuple(_CHECKPOINTS.values())
+
+
+def trained_cfgs(trained: Iterable[Checkpoint], cfgs: Mapping[str, PretrainedCfg]) -> dict[str, PretrainedCfg]:
+    """Configurations of trained checkpoints, which `find` knows from then on.
+
+    Args:
+        trained: their records.
+        cfgs: architecture name to what the architecture alone decides.
+
+    Returns:
+        `<arch>.<tag>` to configuration.
+    """
+    for checkpoint in trained:
+        _CHECKPOINTS[checkpoint.name] = checkpoint
+    return {checkpoint.name: checkpoint.pretrained_cfg(cfgs[checkpoint.arch]) for checkpoint in trained}
+
+
+def pool_skip_cfgs(bases: Iterable[str], trained: Iterable[Checkpoint] = ()) -> dict[str, PretrainedCfg]:
+    """Configurations of the Pool Skip variants of timm models: trained checkpoints first, then the warm starts.
+
+    Args:
+        bases: timm model names.
+        trained: records of trained checkpoints of their variants.
+
+    Returns:
+        `<arch>.<tag>` to configuration, for timm's `generate_default_cfgs`.
+    """
+    of_bases = {base: get_arch_pretrained_cfgs(base) for base in bases}
+    archs = {base + SUFFIX: next(iter(cfgs.values())) for base, cfgs in of_bases.items()}
+    result = trained_cfgs(trained, archs)
+    for base, cfgs in of_bases.items():
+        for name, cfg in cfgs.items():
+            key = base + SUFFIX + name.removeprefix(base)
+            cfg = dataclasses.replace(cfg, architecture=None, custom_load=False, tag=None)
+            if base.startswith("test_"):
+                # The tiny architectures get no weights: tests must not go to the Hub.
+                key, cfg = base + SUFFIX, dataclasses.replace(cfg, hf_hub_id=None, url=None)
+            result.setdefault(key, cfg)
+    return result

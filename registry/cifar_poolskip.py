@@ -1,0 +1,257 @@
+"""Small-image bases (CIFAR stems), which timm does not have, with and without Pool Skip."""
+
+from typing import Any
+
+from timm.models import PretrainedCfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck
+from timm.models.vgg import cfgs as vgg_cfgs
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from ..models.cifar import (
+    CifarResNet,
+    CifarVGG,
+    PoolSkipCifarResNet,
+    PoolSkipCifarVGG,
+    PoolSkipSmallStemResNet,
+    SmallStemResNet,
+)
+from ..models.vit import PoolSkipVisionTransformer
+from .build import create
+from .checkpoint import SUFFIX, Checkpoint, cfg_for_data, trained_cfgs
+
+CHECKPOINTS: tuple[Checkpoint, ...] = ()
+
+
+def _cfg(first_conv: str = "conv1", classifier: str = "fc", **kwargs: Any) -> PretrainedCfg:
+    return cfg_for_data(PretrainedCfg(first_conv=first_conv, classifier=classifier, **kwargs), "cifar10_jpeg")
+
+
+_THREE_STAGES = _cfg(pool_size=(8, 8))
+_FOUR_STAGES = _cfg(pool_size=(4, 4))
+_VGG = _cfg("features.0", "head.fc", pool_size=(1, 1))
+_VIT = _cfg("patch_embed.proj", "head", fixed_input_size=True)
+
+_BASES = {
+    "resnet20_cifar": _THREE_STAGES,
+    "resnet32_cifar": _THREE_STAGES,
+    "resnet38_cifar": _THREE_STAGES,
+    "resnet56_cifar": _THREE_STAGES,
+    "resnet110_cifar": _THREE_STAGES,
+    "test_resnet_cifar": _THREE_STAGES,
+    "resnet18_cifar": _FOUR_STAGES,
+    "resnet34_cifar": _FOUR_STAGES,
+    "resnet350_cifar": _FOUR_STAGES,
+    "resnet420_cifar": _FOUR_STAGES,
+    "vgg11_bn_cifar": _VGG,
+    "vgg16_bn_cifar": _VGG,
+    "vit_tiny_patch4_32": _VIT,
+}
+
+_ARCHS = {name: cfg for base, cfg in _BASES.items() for name in (base, base + SUFFIX)}
+_TRAINED = trained_cfgs(CHECKPOINTS, _ARCHS)
+_UNTRAINED = {name: cfg for name, cfg in _ARCHS.items() if not any(c.arch == name for c in CHECKPOINTS)}
+
+default_cfgs = generate_default_cfgs({**_TRAINED, **_UNTRAINED})
+
+
+def _three_stages(variant: str, pretrained: bool, **kwargs: Any) -> CifarResNet:
+    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    model_class = PoolSkipCifarResNet if variant.endswith(SUFFIX) else CifarResNet
+    return create(model_class, variant, pretrained, feature_cfg={"out_indices": out_indices}, **kwargs)
+
+
+def _four_stages(variant: str, pretrained: bool, **kwargs: Any) -> SmallStemResNet:
+    model_class = PoolSkipSmallStemResNet if variant.endswith(SUFFIX) else SmallStemResNet
+    return create(model_class, variant, pretrained, **kwargs)
+
+
+def _vgg(variant: str, pretrained: bool, model_cfg: str, **kwargs: Any) -> CifarVGG:
+    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3, 4, 5))
+    model_class = PoolSkipCifarVGG if variant.endswith(SUFFIX) else CifarVGG
+    feature_cfg = {"flatten_sequential": True, "out_indices": out_indices}
+    model_args = {"norm_layer": nn.BatchNorm2d, **kwargs}
+    return create(
+        model_class, variant, pretrained, model_cfg=vgg_cfgs[model_cfg], feature_cfg=feature_cfg, **model_args
+    )
+
+
+def _vit(variant: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+    out_indices = kwargs.pop("out_indices", 3)
+    model_class = PoolSkipVisionTransformer if variant.endswith(SUFFIX) else VisionTransformer
+    feature_cfg = {"out_indices": out_indices, "feature_cls": "getter"}
+    return create(model_class, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+@register_model
+def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """He's ResNet-20 for 32×32 images."""
+    return _three_stages("resnet20_cifar", pretrained, **{"layers": (3, 3, 3), **kwargs})
+
+
+@register_model
+def resnet20_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """He's ResNet-20 for 32×32 images with Pool Skip."""
+    return _three_stages("resnet20_cifar_poolskip", pretrained, **{"layers": (3, 3, 3), **kwargs})
+
+
+@register_model
+def resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """He's ResNet-32 for 32×32 images."""
+    return _three_stages("resnet32_cifar", pretrained, **{"layers": (5, 5, 5), **kwargs})
+
+
+@register_model
+def resnet32_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """He's ResNet-32 for 32×32 images with Pool Skip."""
+    return _three_stages("resnet32_cifar_poolskip", pretrained, **{"layers": (5, 5, 5), **kwargs})
+
+
+@register_model
+def resnet38_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """He's ResNet-38 for 32×32 images."""
+    return _three_stages("resnet38_cifar", pretrained, **{"layers": (6, 6, 6), **kwargs})
+
+
+@register_model
+def resnet38_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """He's ResNet-38 for 32×32 images with Pool Skip."""
+    return _three_stages("resnet38_cifar_poolskip", pretrained, **{"layers": (6, 6, 6), **kwargs})
+
+
+@register_model
+def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """He's ResNet-56 for 32×32 images."""
+    return _three_stages("resnet56_cifar", pretrained, **{"layers": (9, 9, 9), **kwargs})
+
+
+@register_model
+def resnet56_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """He's ResNet-56 for 32×32 images with Pool Skip."""
+    return _three_stages("resnet56_cifar_poolskip", pretrained, **{"layers": (9, 9, 9), **kwargs})
+
+
+@register_model
+def resnet110_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """He's ResNet-110 for 32×32 images."""
+    return _three_stages("resnet110_cifar", pretrained, **{"layers": (18, 18, 18), **kwargs})
+
+
+@register_model
+def resnet110_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """He's ResNet-110 for 32×32 images with Pool Skip."""
+    return _three_stages("resnet110_cifar_poolskip", pretrained, **{"layers": (18, 18, 18), **kwargs})
+
+
+@register_model
+def test_resnet_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """Tiny three-stage ResNet for tests."""
+    return _three_stages("test_resnet_cifar", pretrained, **{"layers": (1, 1, 1), "channels": (8, 16, 32), **kwargs})
+
+
+@register_model
+def test_resnet_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """Tiny three-stage ResNet for tests with Pool Skip."""
+    return _three_stages(
+        "test_resnet_cifar_poolskip", pretrained, **{"layers": (1, 1, 1), "channels": (8, 16, 32), **kwargs}
+    )
+
+
+@register_model
+def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> SmallStemResNet:
+    """ResNet-18 with a 3×3 stem, in the form of the reference code."""
+    return _four_stages("resnet18_cifar", pretrained, **{"block": BasicBlock, "layers": (2, 2, 2, 2), **kwargs})
+
+
+@register_model
+def resnet18_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> SmallStemResNet:
+    """ResNet-18 with a 3×3 stem, in the form of the reference code with Pool Skip."""
+    return _four_stages(
+        "resnet18_cifar_poolskip", pretrained, **{"block": BasicBlock, "layers": (2, 2, 2, 2), **kwargs}
+    )
+
+
+@register_model
+def resnet34_cifar(pretrained: bool = False, **kwargs: Any) -> SmallStemResNet:
+    """ResNet-34 with a 3×3 stem, in the form of the reference code."""
+    return _four_stages("resnet34_cifar", pretrained, **{"block": BasicBlock, "layers": (3, 4, 6, 3), **kwargs})
+
+
+@register_model
+def resnet34_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> SmallStemResNet:
+    """ResNet-34 with a 3×3 stem, in the form of the reference code with Pool Skip."""
+    return _four_stages(
+        "resnet34_cifar_poolskip", pretrained, **{"block": BasicBlock, "layers": (3, 4, 6, 3), **kwargs}
+    )
+
+
+@register_model
+def resnet350_cifar(pretrained: bool = False, **kwargs: Any) -> SmallStemResNet:
+    """ResNet-350 with a 3×3 stem, as in the paper."""
+    return _four_stages("resnet350_cifar", pretrained, **{"block": Bottleneck, "layers": (4, 36, 72, 4), **kwargs})
+
+
+@register_model
+def resnet350_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> SmallStemResNet:
+    """ResNet-350 with a 3×3 stem, as in the paper with Pool Skip."""
+    return _four_stages(
+        "resnet350_cifar_poolskip", pretrained, **{"block": Bottleneck, "layers": (4, 36, 72, 4), **kwargs}
+    )
+
+
+@register_model
+def resnet420_cifar(pretrained: bool = False, **kwargs: Any) -> SmallStemResNet:
+    """ResNet-420 with a 3×3 stem, as in the paper (its 419 layers)."""
+    return _four_stages("resnet420_cifar", pretrained, **{"block": Bottleneck, "layers": (4, 44, 87, 4), **kwargs})
+
+
+@register_model
+def resnet420_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> SmallStemResNet:
+    """ResNet-420 with a 3×3 stem, as in the paper (its 419 layers) with Pool Skip."""
+    return _four_stages(
+        "resnet420_cifar_poolskip", pretrained, **{"block": Bottleneck, "layers": (4, 44, 87, 4), **kwargs}
+    )
+
+
+@register_model
+def vgg11_bn_cifar(pretrained: bool = False, **kwargs: Any) -> CifarVGG:
+    """VGG-11 with BatchNorm and a linear head for 32×32 images."""
+    return _vgg("vgg11_bn_cifar", pretrained, "vgg11", **kwargs)
+
+
+@register_model
+def vgg11_bn_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> CifarVGG:
+    """VGG-11 with BatchNorm and a linear head for 32×32 images with Pool Skip."""
+    return _vgg("vgg11_bn_cifar_poolskip", pretrained, "vgg11", **kwargs)
+
+
+@register_model
+def vgg16_bn_cifar(pretrained: bool = False, **kwargs: Any) -> CifarVGG:
+    """VGG-16 with BatchNorm and a linear head for 32×32 images."""
+    return _vgg("vgg16_bn_cifar", pretrained, "vgg16", **kwargs)
+
+
+@register_model
+def vgg16_bn_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> CifarVGG:
+    """VGG-16 with BatchNorm and a linear head for 32×32 images with Pool Skip."""
+    return _vgg("vgg16_bn_cifar_poolskip", pretrained, "vgg16", **kwargs)
+
+
+@register_model
+def vit_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """ViT-Tiny with 4×4 patches for 32×32 images."""
+    return _vit(
+        "vit_tiny_patch4_32",
+        pretrained,
+        **{"img_size": 32, "patch_size": 4, "embed_dim": 192, "num_heads": 3, **kwargs},
+    )
+
+
+@register_model
+def vit_tiny_patch4_32_poolskip(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """ViT-Tiny with 4×4 patches for 32×32 images with Pool Skip."""
+    return _vit(
+        "vit_tiny_patch4_32_poolskip",
+        pretrained,
+        **{"img_size": 32, "patch_size": 4, "embed_dim": 192, "num_heads": 3, **kwargs},
+    )

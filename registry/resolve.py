@@ -1,0 +1,210 @@
+"""From a checkpoint's record to a verified file on this machine: the one place that looks for weights."""
+
+import errno
+import hashlib
+import importlib.util
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from .catalogue import warm_starts
+from .checkpoint import Checkpoint
+
+__all__ = ["HUB_DIR_VARIABLE", "hub_cards_dir", "local_folder", "local_weights", "sha256_of"]
+
+# Names a folder with one folder per checkpoint, as `poolskip hub pull` makes it.
+HUB_DIR_VARIABLE = "POOLSKIP_HUB_DIR"
+_FILENAME = "model.safetensors"
+# Of each address of the Hub, which has about eight: an unreachable one is known after 20 s, not after minutes.
+_CONNECT_SECONDS = 2.5
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+
+def hub_cards_dir() -> Path | None:
+    """The folder of cards and weights in a checkout.
+
+    Returns:
+        `hub_cards/` beside the package's source, or None in an installation.
+    """
+    folder = Path(__file__).resolve().parent.parent / "hub_cards"
+    return folder if folder.is_dir() else None
+
+
+def local_folder(checkpoint: Checkpoint) -> Path | None:
+    """Find a checkpoint's folder without the Hub, in the order in which weights are looked for.
+
+    Args:
+        checkpoint: record of the checkpoint.
+
+    Returns:
+        The first folder with its weights: in a checkout's `hub_cards/`, in the folder that `POOLSKIP_HUB_DIR` names,
+        or in the installed package `poolskip_zoo_weights`; None if there is none.
+
+    Raises:
+        RuntimeError: if `POOLSKIP_HUB_DIR` names no folder.
+    """
+    return next((each / checkpoint.name for each in _roots() if (each / checkpoint.name / _FILENAME).is_file()), None)
+
+
+def local_weights(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Find a checkpoint's weights: in a local folder, the Hub client's cache, or on the Hub.
+
+    A file of the cache that is not the recorded one is set aside, so that the next call downloads it anew; files
+    elsewhere are left as they are.
+
+    Args:
+        checkpoint: record of the checkpoint.
+        cache_dir: folder of the Hub client's cache.
+
+    Returns:
+        Path of the file, whose sha256 is the recorded one.
+
+    Raises:
+        RuntimeError: if no file can be had, or the one found has another sha256; it names the model, the file and
+            the ways out.
+    """
+    folder = local_folder(checkpoint)
+    if folder is not None:
+        path = folder / _FILENAME
+        actual = sha256_of(path)
+        if actual != checkpoint.sha256:
+            raise RuntimeError(f"{_not_recorded(path, checkpoint, actual)}. Put the right file there, or remove it")
+        return path
+    path = _from_hub(checkpoint, cache_dir)
+    actual = sha256_of(path)
+    if actual != checkpoint.sha256:
+        raise RuntimeError(f"{_not_recorded(path, checkpoint, actual)}. {_set_aside(path)}")
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _roots() -> Iterator[Path]:
+    cards = hub_cards_dir()
+    if cards is not None:
+        yield cards
+    mirror = os.environ.get(HUB_DIR_VARIABLE)
+    if mirror:
+        if not Path(mirror).is_dir():
+            raise RuntimeError(f"{HUB_DIR_VARIABLE}={mirror!r} is no folder")
+        yield Path(mirror)
+    spec = importlib.util.find_spec("poolskip_zoo_weights")
+    if spec is not None and spec.origin:
+        yield Path(spec.origin).parent
+
+
+def _from_hub(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None) -> Path:
+    import huggingface_hub
+
+    repo, _, revision = checkpoint.hub_id.partition("@")
+    if not revision:
+        raise RuntimeError(_no_file(checkpoint, "it is not published there yet"))
+    # The sha256 decides, so a cached file needs no question to the Hub, which offline takes the client 25 s.
+    cached = huggingface_hub.try_to_load_from_cache(repo, _FILENAME, cache_dir=cache_dir, revision=revision)
+    if isinstance(cached, str) and Path(cached).is_file():
+        return Path(cached)
+    try:
+        _connect()
+        return Path(huggingface_hub.hf_hub_download(repo, _FILENAME, revision=revision, cache_dir=cache_dir))
+    # The client raises OSError, ValueError and its own classes; each means that there is no file.
+    except Exception as error:
+        raise RuntimeError(_no_file(checkpoint, _reason(error, revision))) from error
+
+
+def _connect() -> None:
+    """Raise ConnectionError at once where the client would try for long; what is behind a proxy is left to it."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError("HF_HUB_OFFLINE is set and the cache has no copy")
+    url = urlsplit(constants.ENDPOINT)
+    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
+    if url.scheme in getproxies() and not proxy_bypass(host):
+        return
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"{host} cannot be reached ({error})") from error
+
+
+def _reason(error: Exception, revision: str) -> str:
+    """What went wrong, in a few words; the classes' order is from special to general."""
+    from huggingface_hub import utils
+
+    code = getattr(error, "errno", None)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    known = (
+        (code == errno.ENOSPC, "no space left on the disk of the cache; HF_HOME moves it"),
+        (code in _NOT_WRITABLE, f"the cache is not writable ({error}); HF_HOME moves it"),
+        (isinstance(error, utils.RevisionNotFoundError), f"the repository has no revision {revision}"),
+        (
+            isinstance(error, utils.RepositoryNotFoundError),
+            "there is no such repository, or it is private and there is no token for it",
+        ),
+        (isinstance(error, utils.LocalEntryNotFoundError), "the Hub cannot be reached and the cache has no copy"),
+        (isinstance(error, utils.EntryNotFoundError), "the repository has no such file"),
+        (status is not None, f"the Hub answered with status {status}"),
+    )
+    plain = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return next((words for applies, words in known if applies), plain)
+
+
+def _no_file(checkpoint: Checkpoint, reason: str) -> str:
+    repo = checkpoint.hub_id.partition("@")[0]
+    start = next((name for name in warm_starts() if name.partition(".")[0] == checkpoint.arch), None)
+    return (
+        f"cannot get the weights of {checkpoint.name} ({_FILENAME} of {repo} on the Hugging Face Hub): {reason}. Ways "
+        f"out: connect to the network and try again; put the file into {checkpoint.name}/ of hub_cards/ in a checkout "
+        f"or of the folder that {HUB_DIR_VARIABLE} names (`poolskip hub pull` fills one); load your own with "
+        "pretrained_cfg_overlay={'file': PATH}"
+        + (f"; start from the base model's weights with {start!r}, a warm start" if start else "")
+    )
+
+
+def _not_recorded(path: Path, checkpoint: Checkpoint, actual: str) -> str:
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    kind = (
+        "an empty file"
+        if not start
+        else "a Git LFS pointer, whose file was not fetched"
+        if start.startswith(b"version https://git-lfs")
+        else "a web page"
+        if start.startswith((b"<!doctype", b"<html"))
+        else f"{path.stat().st_size:,} bytes, cut short or of another model"
+    )
+    return (
+        f"{path} is not the recorded file of {checkpoint.name}, but {kind}: its sha256 is {actual}, expected "
+        f"{checkpoint.sha256}"
+    )
+
+
+def _set_aside(path: Path) -> str:
+    """Rename a bad file of the cache, and say so; its name in the cache is a link where the system has links."""
+    target = path.resolve()
+    try:
+        target.replace(target.with_name(f"{target.name}.bad"))
+        if path.is_symlink():
+            path.unlink()
+    except FileNotFoundError:
+        pass  # another process was faster
+    except OSError as error:
+        return f"It cannot be set aside ({error.strerror}): remove it, or move the cache with HF_HOME"
+    return f"It is set aside as {target.name}.bad; the next try downloads it anew"
