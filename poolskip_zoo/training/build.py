@@ -1,0 +1,187 @@
+"""The parts of a run, made from its recipe by timm and accelerate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..data import DATASETS, EvalLoader, Split, TrainLoader
+from ..data.augment import Augment
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+EVAL_BATCH = 250
+
+
+def make_accelerator(recipe: Recipe, cpu: bool = False) -> Accelerator:
+    """Make accelerate's engine for this process.
+
+    Args:
+        recipe: The run.
+        cpu: Train on the CPU where there is a GPU.
+
+    Returns:
+        The engine; under ``torchrun`` with its process group joined.
+
+    Raises:
+        RuntimeError: If accelerate is missing.
+        ValueError: If the device cannot do the recipe's precision.
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        raise RuntimeError("training needs accelerate: pip install 'poolskip-zoo[train]'") from error
+    cpu = cpu or not torch.cuda.is_available()
+    if cpu and recipe.precision == "fp16":
+        raise ValueError("precision='fp16' needs a GPU: take bf16 or fp32 on a CPU")
+    if cpu and recipe.sync_bn and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("sync_bn=True needs a GPU: torch has no synchronised BatchNorm for CPUs")
+    AcceleratorState._reset_state()  # one process may train several recipes, of different precision
+    precision = "no" if recipe.precision == "fp32" else recipe.precision
+    return Accelerator(cpu=cpu, mixed_precision=precision)
+
+
+def make_model(recipe: Recipe) -> nn.Module:
+    """Make the recipe's model with fresh weights.
+
+    Args:
+        recipe: The run.
+
+    Returns:
+        The model on the CPU.
+
+    Raises:
+        ValueError: If timm does not know the model or it does not take ``model_args``.
+    """
+    import timm
+
+    import poolskip_zoo  # noqa: F401  registers the models
+
+    if not timm.is_model(recipe.model):
+        import difflib
+
+        close = difflib.get_close_matches(recipe.model, timm.list_models(), 3)
+        raise ValueError(f"unknown model {recipe.model!r}; similar: {', '.join(close) or 'none'}")
+    try:
+        return timm.create_model(recipe.model, num_classes=DATASETS[recipe.dataset].num_classes, **recipe.model_args)
+    except TypeError as error:
+        raise ValueError(f"{recipe.model} does not take model_args={recipe.model_args}: {error}") from error
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """Make the optimizer, without weight decay on biases and norms.
+
+    Args:
+        recipe: The run.
+        model: The model, on its device.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: If timm does not know the optimizer or it does not take ``optimizer_args``.
+    """
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    # timm's "sgd" is Nesterov's, its "momentum" the plain one
+    name = "momentum" if recipe.optimizer == "sgd" and not recipe.nesterov else recipe.optimizer
+    known = [str(option) for option in list_optimizers()]
+    if name not in known:
+        raise ValueError(f"unknown optimizer {name!r}: one of {', '.join(known)}")
+    settings: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "momentum": recipe.momentum}
+    try:
+        return create_optimizer_v2(model, opt=name, **{**settings, **recipe.optimizer_args})
+    except TypeError as error:
+        raise ValueError(f"{name} does not take optimizer_args={recipe.optimizer_args}: {error}") from error
+
+
+def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
+    """Make timm's scheduler, a pure function of the number of updates.
+
+    Args:
+        recipe: The run.
+        optimizer: The optimizer that it drives.
+        steps_per_epoch: Updates per epoch.
+
+    Returns:
+        The scheduler; call ``step_update(updates)`` before each update.
+    """
+    from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+
+    warmup = round(recipe.warmup_epochs * steps_per_epoch)
+    settings: dict[str, Any] = {
+        "t_initial": max(1, recipe.epochs * steps_per_epoch - warmup),
+        "lr_min": recipe.min_lr,
+        "warmup_t": warmup,
+        "warmup_prefix": True,
+        "t_in_epochs": False,
+    }
+    if recipe.scheduler == "cosine":
+        return CosineLRScheduler(optimizer, **settings)
+    return PolyLRScheduler(optimizer, power=1.0 if recipe.scheduler == "linear" else 0.0, **settings)
+
+
+def make_mixup(recipe: Recipe) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None:
+    """Make timm's mixup and CutMix.
+
+    Args:
+        recipe: The run.
+
+    Returns:
+        A function of images and labels that returns mixed images and soft labels, or None.
+    """
+    from timm.data import Mixup
+
+    if not recipe.mixes:
+        return None
+    return Mixup(
+        recipe.mixup,
+        recipe.cutmix,
+        prob=recipe.mix_prob,
+        label_smoothing=recipe.label_smoothing,
+        num_classes=DATASETS[recipe.dataset].num_classes,
+    )
+
+
+def make_loaders(
+    recipe: Recipe, splits: list[Split], accelerator: Accelerator
+) -> tuple[TrainLoader, EvalLoader | None]:
+    """Make the loaders of this process.
+
+    Args:
+        recipe: The run.
+        splits: Training images and, unless nothing is held out, held-out ones.
+        accelerator: The engine, for device, rank and number of processes.
+
+    Returns:
+        The training loader, and that of the held-out images or None.
+
+    Raises:
+        ValueError: If the batch size does not fit the processes, the mixing or the data.
+    """
+    info = DATASETS[recipe.dataset]
+    red, green, blue = (round(255 * value) for value in info.mean)
+    augment = Augment(
+        recipe.seed, recipe.crop_padding, recipe.flip, recipe.rand_augment, recipe.random_erasing, (red, green, blue)
+    )
+    # The data set's statistics, not those of the model's configuration: that is of the weights which it loads.
+    shared: dict[str, Any] = {
+        "mean": info.mean,
+        "std": info.std,
+        "image_size": recipe.image_size or info.image_size,
+        "device": accelerator.device,
+        "channels_last": recipe.channels_last,
+        "rank": accelerator.process_index,
+        "world": accelerator.num_processes,
+    }
+    train = TrainLoader(splits[0], recipe.batch_size, augment, accumulation=recipe.accumulation, **shared)
+    if recipe.mixes and train.micro_size % 2:
+        raise ValueError(f"mixup and cutmix need an even batch per forward pass, not {train.micro_size}")
+    return train, EvalLoader(splits[1], EVAL_BATCH, **shared) if len(splits) > 1 else None

@@ -1,0 +1,396 @@
+"""The training loop: one process or many, resumed exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..data import DATASETS, EvalLoader, TrainLoader, load_splits
+from . import build
+from .evaluate import Scores, evaluate
+from .metrics import Recorder, draw_curves, hardware, versions, write_json
+from .recipe import Recipe, make_recipe
+from .state import explain_full_disk, load_checkpoint, save_checkpoint, save_weights, seed_step, write_atomic
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# All that a run writes into its folder
+FILES = ("recipe.yaml", "last.pt", "metrics.jsonl", "model.safetensors", "metrics.json", "curves.png", "tensorboard")
+GPU_CHECK_EVERY = 50  # steps between looks at the loss: each look waits for the GPU
+
+
+def train(
+    recipe: Recipe,
+    data_dir: str | os.PathLike[str] | None,
+    output: str | os.PathLike[str] = "runs",
+    *,
+    resume: bool = True,
+    checkpoint_steps: int = 0,
+    limit_steps: int = 0,
+    download: bool = False,
+    cpu: bool = False,
+) -> dict[str, Any] | None:
+    """Train by a recipe, in this process or, under ``torchrun``, in several.
+
+    The run folder is ``<output>/<name>-s<seed>``. A run that was ended in any way goes on from its last checkpoint when
+    called again, and ends equal to the bit to one that was not ended (on a GPU with ``deterministic``; with the same
+    number of processes). A finished run is not trained again.
+
+    Args:
+        recipe: The run.
+        data_dir: Data folder; None takes ``POOLSKIP_DATA_DIR``.
+        output: Folder of run folders.
+        resume: Go on from the run folder's checkpoint; False removes what a run wrote there.
+        checkpoint_steps: Also write a checkpoint after every so many steps, >= 0; 0 for after each epoch alone.
+        limit_steps: Stop with a checkpoint after so many steps in this call, >= 0; 0 for no limit.
+        download: Let torchvision fetch the data set.
+        cpu: Train on the CPU where there is a GPU.
+
+    Returns:
+        What ``metrics.json`` holds, or None if stopped by ``limit_steps``.
+
+    Raises:
+        ValueError: If the recipe does not fit model, data, devices, or the run that the folder holds.
+        FileNotFoundError: If data are missing.
+        RuntimeError: If the loss is no longer finite, the disk is full, or a checkpoint is damaged.
+    """
+    if checkpoint_steps < 0 or limit_steps < 0:
+        raise ValueError(f"checkpoint_steps={checkpoint_steps} and limit_steps={limit_steps} must be at least 0")
+    folder = Path(output) / f"{recipe.name}-s{recipe.seed}"
+    if resume:
+        finished = _finished(folder, recipe)
+        if finished is not None:
+            return finished
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(recipe.deterministic or was_deterministic)
+    torch.backends.cudnn.benchmark = not recipe.deterministic
+    try:
+        accelerator = build.make_accelerator(recipe, cpu)
+        run = _Run(recipe, folder, accelerator, data_dir, download)
+        run.open(resume)
+        try:
+            return run.finish() if run.fit(checkpoint_steps, limit_steps) else None
+        finally:
+            run.close()
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
+
+
+def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """Return the metrics of a finished run, after a check that the folder's run is the same one."""
+    import json
+
+    import yaml
+
+    try:
+        written = make_recipe(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{folder} holds a damaged recipe.yaml: start over with --no-resume ({error})") from error
+    theirs, ours = dataclasses.asdict(written), dataclasses.asdict(recipe)
+    changed = [f"{key} {theirs[key]!r} -> {ours[key]!r}" for key in ours if ours[key] != theirs[key]]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run of another recipe ({'; '.join(changed)}): "
+            "give another name or --output, or start over with --no-resume"
+        )
+    path = folder / "metrics.json"  # written last
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+class _Run:
+    """State of one run in one process."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        accelerator: Accelerator,
+        data_dir: str | os.PathLike[str] | None,
+        download: bool,
+    ) -> None:
+        from timm.layers import convert_sync_batchnorm
+        from timm.utils import ModelEmaV3
+
+        self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
+        torch.manual_seed(recipe.seed)
+        model = build.make_model(recipe)
+        splits = load_splits(
+            recipe.dataset,
+            ("train", "val") if recipe.hold_out else ("train",),
+            data_dir,
+            hold_out=recipe.hold_out,
+            download=download,
+        )
+        self.loader: TrainLoader
+        self.val_loader: EvalLoader | None
+        self.loader, self.val_loader = build.make_loaders(recipe, splits, accelerator)
+        model = model.to(accelerator.device)
+        if recipe.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if recipe.sync_bn and accelerator.num_processes > 1:
+            model = convert_sync_batchnorm(model)
+        self.model: nn.Module = model
+        ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=recipe.ema_warmup) if recipe.ema_decay else None
+        self.ema: ModelEmaV3 | None = ema
+        optimizer = build.make_optimizer(recipe, model)
+        self.scheduler = build.make_scheduler(recipe, optimizer, self.loader.steps)
+        self.mixup = build.make_mixup(recipe)
+        # mixed labels are smoothed already
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else recipe.label_smoothing)
+        if recipe.compile:
+            model.compile()
+        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        self.epoch, self.step, self.checked, self.seconds = 0, 0, 0, 0.0
+        self.losses = torch.zeros(self.loader.steps, device=accelerator.device)
+        self.history: list[dict[str, Any]] = []
+        self.recorder: Recorder | None = None
+        self.bar: Any = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes."""
+        return self.accelerator.is_main_process
+
+    def open(self, resume: bool) -> None:
+        """Make or clear the folder, load its checkpoint, open the records and the progress bar."""
+        from tqdm import tqdm
+
+        if self.main:
+            with explain_full_disk(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            for name in FILES if not resume else ():
+                path = self.folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        state = load_checkpoint(self.folder)
+        if state is not None:
+            self._restore(state)
+        if not self.main:
+            return
+        write_atomic(self.folder / "recipe.yaml", self.recipe.to_yaml().encode())
+        self.recorder = Recorder(self.folder, self.history)
+        done = self.epoch * self.loader.steps + self.step
+        size = self.recipe.batch_size
+        self.bar = tqdm(
+            desc=self.recipe.name,
+            total=self.recipe.epochs * self.loader.steps * size,
+            initial=done * size,
+            unit="img",
+            unit_scale=True,
+            mininterval=0.5 if sys.stderr.isatty() else 60.0,
+        )
+        if done:
+            self.bar.write(f"resumed at epoch {self.epoch + 1}, step {self.step + 1}")
+
+    def fit(self, checkpoint_steps: int, limit_steps: int) -> bool:
+        """Train to the end; return False if stopped by the limit."""
+        begun, taken = time.perf_counter(), 0
+        check_every = 1 if self.accelerator.device.type == "cpu" else GPU_CHECK_EVERY
+        while self.epoch < self.recipe.epochs:
+            self.wrapped.train()
+            first, epoch_begun = self.step, time.perf_counter()
+            while self.step < self.loader.steps:
+                self._train_step()
+                taken += 1
+                if self.step % check_every == 0 or self.step == self.loader.steps:
+                    self._check_losses()
+                stop = taken == limit_steps
+                if self.step < self.loader.steps and (stop or (checkpoint_steps and self.step % checkpoint_steps == 0)):
+                    self._save(begun)
+                    if stop:
+                        return False
+            speed = (self.step - first) * self.recipe.batch_size / (time.perf_counter() - epoch_begun)
+            self._end_epoch(speed)
+            self._save(begun)
+            if limit_steps and taken >= limit_steps and self.epoch < self.recipe.epochs:
+                return False
+        self.seconds += time.perf_counter() - begun
+        return True
+
+    def _train_step(self) -> None:
+        """Make one update of the weights."""
+        recipe, accelerator = self.recipe, self.accelerator
+        update = self.epoch * self.loader.steps + self.step
+        self.scheduler.step_update(update)
+        total = torch.zeros((), device=accelerator.device)
+        for micro in range(recipe.accumulation):
+            seed_step(recipe.seed, update * recipe.accumulation + micro, accelerator.process_index)
+            images, labels = self.loader.batch(self.epoch, self.step, micro)
+            if self.mixup is not None:
+                images, labels = self.mixup(images, labels)
+            last = micro == recipe.accumulation - 1
+            with nullcontext() if last else accelerator.no_sync(self.wrapped):
+                loss = self.criterion(self.wrapped(images), labels) / recipe.accumulation
+                accelerator.backward(loss)
+            total += loss.detach()
+        if recipe.clip_grad:
+            accelerator.clip_grad_norm_(self.wrapped.parameters(), recipe.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.model, step=update + 1)
+        self.losses[self.step] = total
+        self.step += 1
+        if self.bar is not None:
+            self.bar.update(recipe.batch_size)
+
+    def _check_losses(self) -> None:
+        """Average the losses not seen yet over the processes, and stop all of them at one that is not finite."""
+        start, self.checked = self.checked, self.step
+        if start == self.step:
+            return
+        part = self.losses[start : self.step]
+        if self.accelerator.num_processes > 1:
+            part.copy_(self.accelerator.reduce(part, reduction="mean"))
+        values = part.tolist()
+        for offset, value in enumerate(values):
+            if not math.isfinite(value):
+                where = f"epoch {self.epoch + 1}, step {start + offset + 1} of {self.loader.steps}"
+                raise RuntimeError(
+                    f"{self.recipe.name}: the loss is {value} at {where}; a lower lr or clip_grad may help"
+                )
+        if self.bar is not None:
+            self.bar.set_postfix(epoch=self.epoch + 1, loss=f"{values[-1]:.3f}", refresh=False)
+
+    def _end_epoch(self, speed: float) -> None:
+        """Evaluate, record and count an epoch."""
+        scores = self._evaluate(self.ema.module if self.ema is not None else self.model)
+        self.epoch, self.step, self.checked = self.epoch + 1, 0, 0
+        row = {
+            "epoch": self.epoch,
+            "step": self.epoch * self.loader.steps,
+            "train_loss": self.losses.mean().item(),
+            "val_loss": scores and scores.loss,
+            "val_top1": scores and scores.top1,
+            "val_top5": scores and scores.top5,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": round(speed, 1),
+        }
+        if self.recorder is None:
+            self.history.append(row)
+            return
+        self.recorder.add(row)
+        held_out = f", held-out {scores.top1:.2f} % (loss {scores.loss:.4f})" if scores else ""
+        self.bar.write(
+            f"epoch {self.epoch}/{self.recipe.epochs}: train loss {row['train_loss']:.4f}{held_out}, {speed:.0f} img/s"
+        )
+
+    def _evaluate(self, model: nn.Module, full_precision: bool = False) -> Scores | None:
+        """Measure on the held-out images, with the statistics of process 0 in all processes."""
+        if self.val_loader is None:
+            return None
+        several = self.accelerator.num_processes > 1
+        if several:
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        return evaluate(
+            model,
+            self.val_loader,
+            autocast=nullcontext if full_precision else self.accelerator.autocast,
+            reduce=self.accelerator.reduce if several else None,
+        )
+
+    def _save(self, begun: float) -> None:
+        """Write the checkpoint; processes wait for each other, so that none runs ahead of it."""
+        self._check_losses()
+        if self.main:
+            scaler = self.accelerator.scaler
+            save_checkpoint(
+                self.folder,
+                {
+                    "recipe": dataclasses.asdict(self.recipe),
+                    "processes": self.accelerator.num_processes,
+                    "epoch": self.epoch,
+                    "step": self.step,
+                    "seconds": self.seconds + time.perf_counter() - begun,
+                    "losses": self.losses,
+                    "history": self.history,
+                    "model": self.model.state_dict(),
+                    "ema": self.ema.module.state_dict() if self.ema is not None else None,
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": scaler.state_dict() if scaler is not None else None,
+                },
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Load a checkpoint."""
+        if make_recipe(state["recipe"]) != self.recipe:
+            raise ValueError(f"{self.folder} holds a checkpoint of another recipe: start over with --no-resume")
+        if state["processes"] != self.accelerator.num_processes and self.main:
+            print(
+                f"{self.folder}: begun with {state['processes']} process(es), goes on with "
+                f"{self.accelerator.num_processes}: the result is as good, but not equal to the bit",
+                file=sys.stderr,
+            )
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.checked = self.step
+        self.losses.copy_(state["losses"])
+        self.history = state["history"]
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def finish(self) -> dict[str, Any]:
+        """Write weights, measure what was written, then write metrics and curves."""
+        from safetensors.torch import load_file
+
+        recipe, path = self.recipe, self.folder / "model.safetensors"
+        if self.main:
+            trained = self.ema.module if self.ema is not None else self.model
+            save_weights(path, trained, getattr(torch, recipe.save_dtype))
+        self.accelerator.wait_for_everyone()
+        model = build.make_model(recipe)
+        model.load_state_dict(load_file(path))
+        model = model.to(self.accelerator.device)
+        if recipe.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        scores = self._evaluate(model, full_precision=True)
+        speeds = sorted(row["images_per_second"] for row in self.history)
+        metrics = {
+            "name": recipe.name,
+            "model": recipe.model,
+            "dataset": recipe.dataset,
+            "dataset_title": DATASETS[recipe.dataset].title,
+            "mean": list(DATASETS[recipe.dataset].mean),
+            "std": list(DATASETS[recipe.dataset].std),
+            "val": dataclasses.asdict(scores) if scores else None,
+            "epochs": recipe.epochs,
+            "seed": recipe.seed,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "seconds": round(self.seconds, 1),
+            "images_per_second": speeds[len(speeds) // 2],
+            "hardware": hardware(self.accelerator.device, self.accelerator.num_processes),
+            "precision": recipe.precision,
+            "versions": versions(),
+        }
+        if self.main:
+            draw_curves(self.folder / "curves.png", self.history, f"{recipe.name}, seed {recipe.seed}")
+            write_json(self.folder / "metrics.json", metrics)
+        self.accelerator.wait_for_everyone()
+        return metrics
+
+    def close(self) -> None:
+        """Close the records and the progress bar."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.recorder is not None:
+            self.recorder.close()

@@ -1,0 +1,164 @@
+"""Records of a run: lines of metrics, TensorBoard, a picture of curves, and what it ran on."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .state import explain_full_disk, write_atomic
+
+Row = dict[str, Any]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically.
+
+    Args:
+        path: The file.
+        value: Anything JSON takes.
+
+    Raises:
+        RuntimeError: If the disk is full.
+    """
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+class Recorder:
+    """Writes one row per epoch to ``metrics.jsonl`` and, where it is installed, to TensorBoard.
+
+    The whole file is written anew each time: a resumed run goes back to its last checkpoint and leaves no row twice.
+
+    Args:
+        folder: The run folder.
+        history: Rows so far; appended to.
+    """
+
+    def __init__(self, folder: Path, history: list[Row]) -> None:
+        self.folder, self.history = folder, history
+        self._board = _open_board(folder, history[-1]["step"] + 1 if history else 0)
+        self._write()
+
+    def add(self, row: Row) -> None:
+        """Add the row of an epoch.
+
+        Args:
+            row: Numbers by name, ``epoch`` and ``step`` among them.
+
+        Raises:
+            RuntimeError: If the disk is full.
+        """
+        self.history.append(row)
+        self._write()
+        if self._board is not None:
+            with explain_full_disk(self.folder / "tensorboard"):
+                for key, value in row.items():
+                    if key not in ("epoch", "step") and value is not None:
+                        self._board.add_scalar(key, value, row["step"])
+                self._board.flush()
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        if self._board is not None:
+            self._board.close()
+
+    def _write(self) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in self.history)
+        write_atomic(self.folder / "metrics.jsonl", text.encode())
+
+
+def _open_board(folder: Path, first_step: int) -> Any:
+    """Open TensorBoard's writer, or return None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None)
+
+
+def draw_curves(path: Path, history: list[Row], title: str) -> None:
+    """Draw losses, accuracy and learning rate over epochs as a PNG.
+
+    Args:
+        path: The picture.
+        history: Rows of `Recorder`.
+        title: Heading.
+
+    Raises:
+        RuntimeError: If matplotlib is missing or the disk is full.
+    """
+    import io
+
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError("curves need matplotlib: pip install 'poolskip-zoo[train]'") from error
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    panels = (
+        ("loss", ("train_loss", "val_loss"), "cross entropy"),
+        ("accuracy", ("val_top1", "val_top5"), "held-out images right, %"),
+        ("learning rate", ("lr",), "at the end of the epoch"),
+    )
+    for axes, (name, keys, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.set(title=name, xlabel="epoch", ylabel=label)
+        for key in keys:
+            points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "", label=key)
+        if axes.lines and len(keys) > 1:
+            axes.legend()
+        axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_atomic(path, buffer.getbuffer())
+
+
+def hardware(device: torch.device, processes: int) -> str:
+    """Name the hardware in one line.
+
+    Args:
+        device: The training device.
+        processes: Number of processes.
+
+    Returns:
+        For example ``NVIDIA H100 80GB HBM3`` or ``AMD EPYC 9654 (CPU, 2 threads)``.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_cpu_name()} (CPU, {torch.get_num_threads()} threads)"
+    return name if processes == 1 else f"{processes} x {name}"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """List the versions that a result depends on.
+
+    Returns:
+        Version by package name.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for package in ("poolskip-zoo", "torch", "timm", "accelerate", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

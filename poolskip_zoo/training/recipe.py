@@ -1,0 +1,270 @@
+"""Recipes: everything that decides a training run, as one validated YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..data.datasets import DATASETS
+
+RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run. Where it runs (data folder, output folder, devices) is no part of it.
+
+    Args:
+        name: Name of the checkpoint that it makes, ``<model>.<tag>``.
+        model: timm model name.
+        model_args: Keywords of ``timm.create_model``; ``num_classes`` comes from the data set.
+        dataset: One of `poolskip_zoo.data.DATASETS`.
+        hold_out: Training images held out to choose by, >= 0; 0 trains on all and measures nothing.
+        image_size: Pixels, 8 to 1024; 0 takes the data set's own.
+        epochs: >= 1.
+        batch_size: Images per optimizer step over all processes and accumulation steps, >= 1.
+        accumulation: Forward passes per optimizer step, >= 1.
+        optimizer: timm optimizer name.
+        lr: Peak learning rate, > 0.
+        momentum: SGD momentum (beta1 in others is set by ``optimizer_args``), 0 to 1.
+        nesterov: Nesterov momentum; SGD alone.
+        weight_decay: >= 0; biases, norms and what the model exempts have none, as in timm.
+        optimizer_args: More keywords of the optimizer.
+        scheduler: ``cosine``, ``linear`` (both down to ``min_lr``) or ``constant``; stepped at every update.
+        warmup_epochs: Linear warm-up from 0, in epochs, >= 0, may be a fraction.
+        min_lr: Last learning rate, >= 0.
+        label_smoothing: 0 to 1.
+        mixup: Beta parameter of mixup, 0 for none.
+        cutmix: Beta parameter of CutMix, 0 for none; with both, each batch draws one of them.
+        mix_prob: Probability that a batch is mixed, 0 to 1.
+        ema_decay: Decay of the weights' moving average, 0 for none; with it the average is what is saved.
+        ema_warmup: Let the decay rise from 0 to ``ema_decay`` over the first updates.
+        clip_grad: Largest gradient norm, 0 for no clipping.
+        crop_padding: Pixels of zero padding before a random crop, 0 to 64.
+        flip: Random left-right flip.
+        rand_augment: timm RandAugment string, empty for none.
+        random_erasing: Probability of erasing a rectangle, 0 to 1.
+        precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
+        channels_last: Memory layout of the model.
+        seed: >= 0; of weights, order, augmentation, dropout.
+        sync_bn: BatchNorm statistics over all processes (GPU).
+        compile: ``torch.compile`` the model.
+        deterministic: Refuse GPU operations that are not repeatable to the bit.
+        save_dtype: ``float16`` or ``float32``: of the saved weights.
+    """
+
+    name: str
+    model: str
+    dataset: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+    hold_out: int = 5000
+    image_size: int = 0
+    epochs: int = 20
+    batch_size: int = 128
+    accumulation: int = 1
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    scheduler: str = "cosine"
+    warmup_epochs: float = 0.0
+    min_lr: float = 0.0
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    ema_decay: float = 0.0
+    ema_warmup: bool = True
+    clip_grad: float = 0.0
+    crop_padding: int = 0
+    flip: bool = False
+    rand_augment: str = ""
+    random_erasing: float = 0.0
+    precision: str = "fp32"
+    channels_last: bool = False
+    seed: int = 0
+    sync_bn: bool = False
+    compile: bool = False
+    deterministic: bool = False
+    save_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(Recipe)
+        for key, kind in hints.items():
+            value = _coerce(key, getattr(self, key), kind)
+            _check_range(key, value)
+            object.__setattr__(self, key, value)
+        if self.warmup_epochs >= self.epochs and self.warmup_epochs:
+            raise ValueError(f"recipe key warmup_epochs={self.warmup_epochs} must be below epochs={self.epochs}")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"recipe key batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}"
+            )
+        if "num_classes" in self.model_args:
+            raise ValueError("recipe key model_args must not hold num_classes: the dataset decides it")
+
+    def to_yaml(self) -> str:
+        """Write out every key, defaults included.
+
+        Returns:
+            YAML text that `Recipe` reads back equal.
+        """
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed, and so have soft labels."""
+        return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+
+# Inclusive bounds; None is open. Strictly positive values have a smallest one that no one would ask for.
+_RANGES: dict[str, tuple[float | None, float | None]] = {
+    **dict.fromkeys(("epochs", "batch_size", "accumulation"), (1, None)),
+    **dict.fromkeys(("label_smoothing", "mix_prob", "random_erasing", "momentum"), (0, 1)),
+    **dict.fromkeys(("weight_decay", "warmup_epochs", "min_lr", "mixup", "cutmix", "clip_grad", "hold_out"), (0, None)),
+    "lr": (1e-12, None),
+    "ema_decay": (0, 1 - 1e-9),
+    "crop_padding": (0, 64),
+    "image_size": (0, 1024),
+    "seed": (0, 2**62),
+}
+_CHOICES: dict[str, Sequence[str]] = {
+    "dataset": tuple(DATASETS),
+    "scheduler": ("cosine", "linear", "constant"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "save_dtype": ("float16", "float32"),
+}
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: Path of a YAML file, or the name of a shipped recipe.
+        overrides: ``key=value`` strings, the value in YAML; ``model_args.key=value`` reaches into a mapping.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        FileNotFoundError: If there is neither such a file nor such a shipped recipe.
+        ValueError: If it is no YAML mapping, or a key or value is unknown or out of range.
+
+    Example:
+        >>> load_recipe("resnet20_cifar.c10", ["epochs=5", "seed=1"]).epochs
+        5
+    """
+    path = _find(str(source))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of recipe keys, not {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+    return make_recipe(values)
+
+
+def make_recipe(values: dict[str, Any]) -> Recipe:
+    """Validate a mapping of recipe keys.
+
+    Args:
+        values: Keys and values as in YAML.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: If a key is unknown or missing, or a value is of the wrong type or out of range.
+
+    Example:
+        >>> make_recipe({"name": "a.b", "model": "a", "dataset": "cifar10", "epoch": 3})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: unknown recipe key 'epoch' (did you mean 'epochs'?): known are name, model, dataset, ...
+    """
+    fields = dataclasses.fields(Recipe)
+    names = [entry.name for entry in fields]
+    for key in values:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, 1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"unknown recipe key {key!r}{hint}: known are {', '.join(names)}")
+    required = [e.name for e in fields if e.default is dataclasses.MISSING and e.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise ValueError(f"recipe lacks {', '.join(missing)}")
+    return Recipe(**values)
+
+
+def recipe_names() -> list[str]:
+    """List the shipped recipes.
+
+    Returns:
+        Their names, sorted.
+    """
+    return sorted(path.stem for path in RECIPE_DIR.glob("*.yaml"))
+
+
+def _find(source: str) -> Path:
+    """Resolve a path or the name of a shipped recipe."""
+    shipped = RECIPE_DIR / f"{source}.yaml"
+    for path in (Path(source), shipped):
+        if path.is_file():
+            return path
+    close = difflib.get_close_matches(source, recipe_names(), 3)
+    options = ", ".join(close or recipe_names()) or "none"
+    raise FileNotFoundError(f"no recipe file {source!r} and no shipped recipe of that name; shipped: {options}")
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    """Apply one ``key=value``."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {text!r} is not of the form key=value")
+    target, parts = values, key.split(".")
+    for part in parts[:-1]:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise ValueError(f"override {text!r}: {part} is no mapping")
+    try:
+        target[parts[-1]] = yaml.safe_load(value) if value else ""
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {text!r}: the value is no valid YAML") from error
+
+
+def _coerce(key: str, value: Any, kind: Any) -> Any:
+    """Check a value's type; YAML reads 1e-3 as text and 1 as an integer, which floats accept."""
+    origin = typing.get_origin(kind) or kind
+    if origin is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
+        return dict(value) if origin is dict else value
+    raise ValueError(f"recipe key {key}={value!r} must be of type {origin.__name__}")
+
+
+def _check_range(key: str, value: Any) -> None:
+    """Check a value against `_CHOICES` and `_RANGES`."""
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise ValueError(f"recipe key {key}={value!r} must be one of {', '.join(_CHOICES[key])}")
+    low, high = _RANGES.get(key, (None, None))
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"recipe key {key}={value!r} must be {bounds}")
+    if isinstance(value, float) and value == float("inf"):
+        raise ValueError(f"recipe key {key}={value!r} must be finite")
+    if key == "name" and (not value or "/" in value or value.startswith(".")):
+        raise ValueError(f"recipe key name={value!r} must be a plain file name such as resnet20_cifar.c10")

@@ -1,0 +1,142 @@
+"""What a run keeps on disk, and the random state that it does not need to keep.
+
+Exact resume rests on three things: a batch is a pure function of (seed, epoch, step) (`poolskip_zoo.data.loader`);
+every random number drawn while a step runs comes from generators seeded by (seed, step, rank) (`seed_step`); and a
+checkpoint holds everything else at full precision. So no generator's state is saved.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.augment import random_bits
+
+CHECKPOINT = "last.pt"
+_STEP_STREAM = 98  # of random_bits: generators within a step
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed every global generator for one forward and backward pass (dropout, stochastic depth, mixup).
+
+    Args:
+        seed: Seed of the run.
+        step: Number of the pass, counted over the whole run, from 0.
+        rank: Number of this process.
+    """
+    bits = int(random_bits(seed, step, np.array([rank]), _STEP_STREAM)[0])
+    random.seed(bits)
+    np.random.seed(bits & 0xFFFFFFFF)
+    torch.manual_seed(bits >> 1)
+
+
+@contextmanager
+def explain_full_disk(path: Path, kept: str = "") -> Iterator[None]:
+    """Turn "no space left" into one line that names the file.
+
+    Args:
+        path: The file being written.
+        kept: What is intact, as a sentence.
+
+    Raises:
+        RuntimeError: On ENOSPC or EDQUOT; other errors pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RuntimeError(f"no space left on the disk to write {path}; {kept}free some and run again") from error
+
+
+def write_atomic(path: Path, data: bytes | memoryview, kept: str = "") -> None:
+    """Write a file whole or not at all: to a temporary name, synced, then renamed.
+
+    Args:
+        path: The file; its folder must exist.
+        data: Contents.
+        kept: Sentence for the error on a full disk.
+
+    Raises:
+        RuntimeError: If the disk is full; what was there before is intact.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with explain_full_disk(path, kept):
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Write the state of a run.
+
+    Args:
+        folder: The run folder.
+        state: Tensors, numbers, strings, lists and dicts alone, so that it loads without pickled code.
+
+    Raises:
+        RuntimeError: If the disk is full; the last checkpoint is intact.
+    """
+    buffer = io.BytesIO()  # torch.save straight to a full disk fails with an internal error instead of ENOSPC
+    torch.save(state, buffer)
+    path = folder / CHECKPOINT
+    kept = f"the last checkpoint {path} is intact: " if path.exists() else ""
+    write_atomic(path, buffer.getbuffer(), kept)
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """Read the state of a run.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The state, or None where there is none.
+
+    Raises:
+        RuntimeError: If the file is damaged.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        kind = type(error).__name__
+        raise RuntimeError(f"checkpoint {path} cannot be read ({kind}): start over with --no-resume") from error
+
+
+def save_weights(path: Path, model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Write a model's state as safetensors.
+
+    Args:
+        path: The file.
+        model: The model.
+        dtype: Type of floating-point tensors; one that would overflow in it stays as it is.
+
+    Raises:
+        RuntimeError: If the disk is full.
+    """
+    from safetensors.torch import save
+
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().cpu()
+        if tensor.is_floating_point() and (not tensor.numel() or tensor.abs().max() <= torch.finfo(dtype).max):
+            tensor = tensor.to(dtype)
+        tensors[name] = tensor.clone(memory_format=torch.contiguous_format)  # safetensors refuses shared tensors
+    write_atomic(path, save(tensors, {"format": "pt"}))

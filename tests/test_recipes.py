@@ -1,0 +1,98 @@
+"""Recipes: what is shipped, and what is refused."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from poolskip_zoo.training.recipe import Recipe, load_recipe, make_recipe, recipe_names
+
+MINIMAL = {"name": "a.b", "model": "test_resnet", "dataset": "cifar10"}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipe(name: str) -> None:
+    import timm
+
+    import poolskip_zoo  # noqa: F401
+
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert name.startswith(recipe.model + ".")
+    assert timm.is_model(recipe.model)
+    assert recipe.hold_out == 5000  # chosen on held-out training images
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "_poolskip." in name])
+def test_pool_skip_and_base_share_one_recipe(name: str) -> None:
+    variant, base = load_recipe(name), load_recipe(name.replace("_poolskip", ""))
+    assert dataclasses.replace(variant, name=base.name, model=base.model) == base
+
+
+def test_there_are_recipes() -> None:
+    assert {"resnet20_cifar.c10", "resnet20_cifar_poolskip.c10"} <= set(recipe_names())
+
+
+def test_written_recipe_holds_every_key_and_reads_back_equal() -> None:
+    recipe = make_recipe({**MINIMAL, "model_args": {"drop_rate": 0.1}, "lr": "1e-3", "warmup_epochs": 1})
+    values = yaml.safe_load(recipe.to_yaml())
+    assert set(values) == {field.name for field in dataclasses.fields(Recipe)}
+    assert make_recipe(values) == recipe
+    assert recipe.lr == 1e-3
+    assert isinstance(recipe.warmup_epochs, float)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": 3}, r"unknown recipe key 'epoch' \(did you mean 'epochs'\?\): known are name, model"),
+        ({"epochs": "many"}, "recipe key epochs='many' must be of type int"),
+        ({"epochs": True}, "recipe key epochs=True must be of type int"),
+        ({"epochs": 2.5}, "recipe key epochs=2.5 must be of type int"),
+        ({"flip": 1}, "recipe key flip=1 must be of type bool"),
+        ({"lr": "fast"}, "recipe key lr='fast' must be of type float"),
+        ({"lr": 0}, "recipe key lr=0.0 must be at least 1e-12"),
+        ({"lr": ".nan"}, "recipe key lr='.nan' must be of type float"),
+        ({"lr": float("nan")}, "recipe key lr=nan must be at least"),
+        ({"lr": float("inf")}, "recipe key lr=inf must be finite"),
+        ({"epochs": 0}, "recipe key epochs=0 must be at least 1"),
+        ({"label_smoothing": 1.5}, "recipe key label_smoothing=1.5 must be from 0 to 1"),
+        ({"precision": "fp8"}, "recipe key precision='fp8' must be one of fp32, bf16, fp16"),
+        ({"dataset": "mnist"}, "recipe key dataset='mnist' must be one of cifar10"),
+        ({"model_args": [1]}, r"recipe key model_args=\[1\] must be of type dict"),
+        ({"model_args": {"num_classes": 3}}, "must not hold num_classes"),
+        ({"name": "../a"}, "recipe key name='../a' must be a plain file name"),
+        ({"warmup_epochs": 30}, "warmup_epochs=30.0 must be below epochs=20"),
+        ({"accumulation": 3}, "batch_size=128 is not divisible by accumulation=3"),
+    ],
+)
+def test_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_recipe({**MINIMAL, **change})
+
+
+def test_missing_keys_are_named() -> None:
+    with pytest.raises(ValueError, match="recipe lacks model, dataset"):
+        make_recipe({"name": "a.b"})
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    recipe = load_recipe(path, ["lr=1e-2", "flip=true", "model_args.pool_skip.pool_size=4", "rand_augment="])
+    assert (recipe.lr, recipe.flip, recipe.rand_augment) == (0.01, True, "")
+    assert recipe.model_args == {"pool_skip": {"pool_size": 4}}
+    for text in ("lr", "=3", "name.x=3", "lr=[1"):
+        with pytest.raises(ValueError, match="override"):
+            load_recipe(path, [text])
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no recipe file 'resnet20_cifr\.c10' .*shipped: resnet20_cifar\.c10"):
+        load_recipe("resnet20_cifr.c10")
+    path = tmp_path / "r.yaml"
+    for text, message in (("a: [", "is no valid YAML"), ("- 1", "must hold a mapping"), ("", "must hold a mapping")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_recipe(path)

@@ -1,0 +1,475 @@
+"""Training: exact resume, errors that leave nothing half-written, evaluation, the two commands."""
+
+import argparse
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_data import encode, write_pack
+from torch import nn
+
+from poolskip_zoo.cli import train as train_verb
+from poolskip_zoo.cli import validate as validate_verb
+from poolskip_zoo.data import EvalLoader, load_split
+from poolskip_zoo.training import build, evaluate, train
+from poolskip_zoo.training.recipe import Recipe, make_recipe
+from poolskip_zoo.training.state import load_checkpoint, save_checkpoint, save_weights, seed_step, write_atomic
+
+# Everything that draws random numbers is on: order, crop, flip, erasing, mixup, dropout.
+EVERYTHING: dict[str, Any] = {
+    "name": "test_resnet.tiny",
+    "model": "test_resnet",
+    "model_args": {"drop_rate": 0.2},
+    "dataset": "cifar10_jpeg",
+    "hold_out": 40,
+    "image_size": 32,
+    "epochs": 2,
+    "batch_size": 32,
+    "accumulation": 2,
+    "lr": 0.05,
+    "warmup_epochs": 0.5,
+    "mixup": 0.2,
+    "cutmix": 1.0,
+    "label_smoothing": 0.1,
+    "ema_decay": 0.9,
+    "clip_grad": 1.0,
+    "crop_padding": 2,
+    "flip": True,
+    "random_erasing": 0.3,
+    "precision": "bf16",
+    "channels_last": True,
+}
+STEPS = 8  # per epoch: 260 images in batches of 32
+
+
+def recipe(**change: Any) -> Recipe:
+    return make_recipe({**EVERYTHING, **change})
+
+
+PLAIN = {
+    "model_args": {},
+    "accumulation": 1,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "ema_decay": 0.0,
+    "random_erasing": 0.0,
+    "precision": "fp32",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten colours with noise: learnable in a few steps."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("data")
+    colours = rng.integers(40, 216, (10, 1, 1, 3))
+
+    def part(per_class: int) -> tuple[list[bytes], list[int]]:
+        labels = [label for label in range(10) for _ in range(per_class)]
+        noise = rng.normal(0, 20, (len(labels), 32, 32, 3))
+        pixels = np.clip(colours[labels] + noise, 0, 255).astype(np.uint8)
+        return [encode(image) for image in pixels], labels
+
+    write_pack(folder / "cifar10_jpeg.npz", train=part(30), test=part(10))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("whole")
+    assert train(recipe(), data, output, cpu=True) is not None
+    return output / "test_resnet.tiny-s0"
+
+
+def assert_equal_runs(one: Path, two: Path) -> None:
+    """Compare parameters, BatchNorm statistics, EMA, optimizer and losses to the bit."""
+    first, second = load_checkpoint(one), load_checkpoint(two)
+    assert first is not None
+    assert second is not None
+
+    def compare(a: Any, b: Any, path: str) -> None:
+        assert type(a) is type(b), path
+        if isinstance(a, dict):
+            assert a.keys() == b.keys(), path
+            for key in a:
+                if key not in ("seconds", "images_per_second"):
+                    compare(a[key], b[key], f"{path}/{key}")
+        elif isinstance(a, list):
+            assert len(a) == len(b), path
+            for place, (x, y) in enumerate(zip(a, b, strict=True)):
+                compare(x, y, f"{path}/{place}")
+        elif isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), path
+        else:
+            assert a == b, path
+
+    compare(first, second, "")
+    weights, others = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    assert all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+KILLED = """
+import json, os, signal, sys
+import torch
+from timm.utils import ModelEmaV3
+from poolskip_zoo.training import make_recipe, train
+
+torch.set_num_threads(1)
+updates, update = 0, ModelEmaV3.update
+
+def killing(self, *args, **kwargs):
+    global updates
+    update(self, *args, **kwargs)
+    updates += 1
+    if updates == int(sys.argv[4]) and os.environ.get("RANK", "0") == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ModelEmaV3.update = killing
+train(make_recipe(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3], checkpoint_steps=3, cpu=True)
+"""
+
+
+def run_killed(data: Path, output: Path, at: int, processes: int = 1, **change: Any) -> None:
+    script = output / "killed.py"
+    script.write_text(textwrap.dedent(KILLED))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    settings = json.dumps({**EVERYTHING, **change})
+    command = [sys.executable, *launcher, str(script), settings, str(data), str(output), str(at)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if at:
+        assert result.returncode == (1 if processes > 1 else -9), result.stderr
+    else:
+        assert result.returncode == 0, result.stderr
+
+
+def test_killed_run_ends_equal_to_the_bit(data: Path, finished: Path, tmp_path: Path) -> None:
+    run_killed(data, tmp_path, at=STEPS + 5)  # mid-epoch, and two steps after the last checkpoint
+    folder = tmp_path / finished.name
+    state = load_checkpoint(folder)
+    assert state is not None
+    assert (state["epoch"], state["step"]) == (1, 3)
+    assert not (folder / "metrics.json").exists()
+    assert train(recipe(), data, tmp_path, cpu=True) is not None
+    assert_equal_runs(finished, folder)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_stopping_at_every_few_steps_changes_nothing(data: Path, finished: Path, tmp_path: Path) -> None:
+    calls = 0
+    while train(recipe(), data, tmp_path, limit_steps=5, cpu=True) is None:
+        calls += 1
+    assert calls == 3  # at steps 5, 10, 15 of 16
+    assert_equal_runs(finished, tmp_path / finished.name)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_exactly_and_agree_with_one(data: Path, tmp_path: Path) -> None:
+    # ResNet's BatchNorm sees half of the batch in each process: test_vit has none, and so reaches the loss of one
+    vit = {**PLAIN, "model": "test_vit", "model_args": {"img_size": 32}, "ema_decay": 0.9, "lr": 0.01}
+    folders = [tmp_path / name for name in ("whole", "killed", "one")]
+    for folder in folders:
+        folder.mkdir()
+    run_killed(data, folders[0], at=0, processes=2, **vit)
+    run_killed(data, folders[1], at=STEPS + 5, processes=2, **vit)
+    run_killed(data, folders[1], at=0, processes=2, **vit)
+    train(recipe(**vit), data, folders[2], cpu=True)
+    name = "test_resnet.tiny-s0"
+    assert_equal_runs(folders[0] / name, folders[1] / name)
+    histories = [load_checkpoint(folder / name)["history"] for folder in (folders[0], folders[2])]  # type: ignore[index]
+    for two, one in zip(*histories, strict=True):
+        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+        assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-3)
+
+
+def test_a_run_learns_and_leaves_its_records(data: Path, tmp_path: Path) -> None:
+    metrics = train(recipe(**PLAIN, epochs=3, save_dtype="float32"), data, tmp_path, cpu=True)
+    folder = tmp_path / "test_resnet.tiny-s0"
+    assert metrics is not None
+    assert metrics["val"]["top1"] > 50  # chance: 10
+    assert metrics["val"]["images"] == 40
+    assert metrics == json.loads((folder / "metrics.json").read_text())
+    assert {"torch", "timm", "accelerate", "poolskip-zoo"} <= set(metrics["versions"])
+    assert "CPU" in metrics["hardware"]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[2]["train_loss"] < rows[0]["train_loss"]
+    assert rows[2]["val_top1"] == metrics["val"]["top1"]  # float32 weights, float32 evaluation: the same numbers
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").glob("events.*"))
+    assert not list(folder.glob(".*"))  # no temporary files
+
+
+def test_saved_weights_are_the_moving_average_in_float16(finished: Path) -> None:
+    state, saved = load_checkpoint(finished), load_file(finished / "model.safetensors")
+    assert state is not None
+    assert saved.keys() == state["ema"].keys()
+    for key, value in state["ema"].items():
+        assert torch.equal(saved[key], value.half() if value.is_floating_point() else value)
+    assert not torch.equal(
+        state["ema"]["conv1.0.weight" if "conv1.0.weight" in saved else "conv1.weight"],
+        state["model"]["conv1.0.weight" if "conv1.0.weight" in saved else "conv1.weight"],
+    )
+
+
+def test_finished_run_is_not_trained_again_but_starts_over_on_demand(
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (finished / "last.pt").stat().st_mtime_ns
+    metrics = train(recipe(), data / "nowhere", finished.parent, cpu=True)
+    assert metrics == json.loads((finished / "metrics.json").read_text())
+    assert (finished / "last.pt").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match=r"holds a run of another recipe \(lr 0.05 -> 0.1\): .*--no-resume"):
+        train(recipe(lr=0.1), data, finished.parent, cpu=True)
+    folder = tmp_path / finished.name
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe(lr=0.3).to_yaml())
+    (folder / "last.pt").write_bytes(b"damaged")
+    (folder / "notes.txt").write_text("a user's")
+    assert train(recipe(), data, tmp_path, resume=False, limit_steps=1, cpu=True) is None
+    assert (folder / "notes.txt").exists()
+    (folder / "last.pt").write_bytes(b"damaged")
+    with pytest.raises(RuntimeError, match=r"checkpoint .*last\.pt cannot be read \(.*\): start over with --no-resume"):
+        train(recipe(), data, tmp_path, cpu=True)
+
+
+def test_loss_that_is_not_finite_stops_with_its_step(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "make_mixup", lambda recipe: broken)
+    calls = 0
+
+    def broken(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        return (images * float("nan") if calls == 2 * (STEPS + 3) else images), labels
+
+    with pytest.raises(RuntimeError, match=f"the loss is nan at epoch 2, step 3 of {STEPS}"):
+        train(recipe(), data, tmp_path, cpu=True)
+    state = load_checkpoint(tmp_path / "test_resnet.tiny-s0")
+    assert state is not None
+    assert (state["epoch"], state["step"]) == (1, 0)
+
+
+def test_full_disk_ends_clearly_and_keeps_the_last_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(recipe(), data, tmp_path, limit_steps=3, cpu=True) is None
+    folder = tmp_path / "test_resnet.tiny-s0"
+    before = (folder / "last.pt").read_bytes()
+    sync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if "last.pt" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        RuntimeError, match=r"no space left on the disk to write .*last\.pt; the last checkpoint .* intact"
+    ):
+        train(recipe(), data, tmp_path, limit_steps=3, cpu=True)
+    assert (folder / "last.pt").read_bytes() == before
+    assert not list(folder.glob(".*"))
+    monkeypatch.undo()
+    assert train(recipe(), data, tmp_path, limit_steps=3, cpu=True) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "message"),
+    [
+        ({}, "nowhere", "data folder .*nowhere does not exist"),
+        ({"model": "test_resnett"}, "", "unknown model 'test_resnett'; similar: test_resnet"),
+        ({"model_args": {"drop_rat": 1}}, "", "test_resnet does not take model_args="),
+        ({"optimizer": "sdg"}, "", "unknown optimizer 'sdg'"),
+        ({"optimizer_args": {"beta": 1}}, "", "sgd does not take optimizer_args="),
+        ({"batch_size": 512}, "", "batch_size=512 is larger than the 260 training images"),
+        ({"batch_size": 34, "accumulation": 2}, "", "need an even batch per forward pass, not 17"),
+        ({"hold_out": 300}, "", "hold_out=300 must be"),
+    ],
+)
+def test_errors_before_training_leave_no_folder(
+    data: Path, tmp_path: Path, change: dict, where: str, message: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(recipe(**change), data / where, tmp_path / "runs", cpu=True)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do fp16")
+def test_precision_that_the_device_lacks(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="precision='fp16' needs a GPU"):
+        train(recipe(precision="fp16"), data, tmp_path)
+
+
+def test_accumulation_takes_the_step_of_the_whole_batch(data: Path, tmp_path: Path) -> None:
+    vit = {**PLAIN, "model": "test_vit", "model_args": {"img_size": 32}, "epochs": 1, "warmup_epochs": 0}
+    weights = []
+    for accumulation in (1, 4):
+        output = tmp_path / str(accumulation)
+        train(recipe(**{**vit, "accumulation": accumulation, "save_dtype": "float32"}), data, output, cpu=True)
+        weights.append(load_file(output / "test_resnet.tiny-s0" / "model.safetensors"))
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "middle", "end"), [("cosine", 0.5 * 0.1, 0.0), ("linear", 0.5 * 0.1, 0.0), ("constant", 0.1, 0.1)]
+)
+def test_schedules(scheduler: str, middle: float, end: float) -> None:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    schedule = build.make_scheduler(recipe(lr=0.1, epochs=12, warmup_epochs=2, scheduler=scheduler), optimizer, 10)
+
+    def lr(update: int) -> float:
+        schedule.step_update(update)
+        return optimizer.param_groups[0]["lr"]
+
+    assert [lr(0), lr(10), lr(20)] == pytest.approx([0.0, 0.05, 0.1])
+    assert lr(70) == pytest.approx(middle)
+    assert lr(119) == pytest.approx(end, abs=1.1e-3)
+
+
+def test_biases_and_norms_have_no_weight_decay() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    for nesterov in (True, False):
+        optimizer = build.make_optimizer(recipe(nesterov=nesterov), model)
+        decayed = [p for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
+        assert [p.ndim for p in decayed] == [4]
+        assert optimizer.defaults["nesterov"] is nesterov
+
+
+def test_steps_have_random_numbers_of_their_own() -> None:
+    draws = []
+    for arguments in ((1, 2, 0), (1, 2, 1), (1, 3, 0), (2, 2, 0), (1, 2, 0)):
+        seed_step(*arguments)
+        draws.append((torch.rand(1).item(), np.random.rand()))
+    assert draws[0] == draws[4]
+    assert len(set(draws)) == 4
+
+
+def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    write_atomic(path, b"old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "input/output error")))
+    with pytest.raises(OSError, match="input/output error"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_weights_that_overflow_float16_stay_exact(tmp_path: Path) -> None:
+    model = nn.BatchNorm1d(2)
+    model.running_var.fill_(1e6)  # type: ignore[union-attr]
+    save_weights(tmp_path / "w.safetensors", model, torch.float16)
+    saved = load_file(tmp_path / "w.safetensors")
+    assert saved["running_var"].tolist() == [1e6, 1e6]
+    assert saved["weight"].dtype == torch.float16
+    assert saved["num_batches_tracked"].dtype == torch.int64
+
+
+def test_checkpoints_hold_no_pickled_code(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, {"bad": SimpleNamespace()})
+    with pytest.raises(RuntimeError, match="cannot be read"):
+        load_checkpoint(tmp_path)
+
+
+class Fixed(nn.Module):
+    """Returns its input's first pixels as logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.was_training: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.was_training.append(self.training)
+        return x.flatten(1)[:, :7] * self.scale
+
+
+def test_evaluate_counts_over_uneven_batches() -> None:
+    logits = torch.randn(10, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, 7, (10,), generator=torch.Generator().manual_seed(1))
+    model = Fixed()
+    scores = evaluate(model, [(logits[:8], labels[:8]), (logits[8:], labels[8:])])
+    order = logits.argsort(1, descending=True)
+    assert scores.top1 == 100 * (order[:, 0] == labels).double().mean()
+    assert scores.top5 == 100 * (order[:, :5] == labels[:, None]).any(1).double().mean()
+    assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert scores.images == 10
+    assert model.training
+    assert model.was_training == [False, False]
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(model, [])
+
+
+def call(verb: Any, *arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    return verb.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_commands(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(recipe(**PLAIN).to_yaml())
+    common = ("--data-dir", data, "--output", tmp_path / "runs", "--cpu", "--set", "seed=3")
+    assert call(train_verb, path, *common, "--limit-steps", 2) == 0
+    assert "stopped after 2 steps; the same command goes on" in capsys.readouterr().out
+    assert call(train_verb, path, *common) == 0
+    assert "held-out top-1" in capsys.readouterr().out
+    weights = tmp_path / "runs" / "test_resnet.tiny-s3" / "model.safetensors"
+    arguments = ("test_resnet", "--checkpoint", weights, "--data-dir", data)
+    assert call(validate_verb, *arguments, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["dataset"], result["images"]) == ("cifar10_jpeg", 100)
+
+    import timm
+
+    model = timm.create_model("test_resnet", num_classes=10)
+    model.load_state_dict(load_file(weights))
+    settings = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616), "image_size": 32}
+    scores = evaluate(model, EvalLoader(load_split("cifar10_jpeg", "test", data), 64, **settings))
+    assert result["top1"] == scores.top1
+    assert result["loss"] == pytest.approx(scores.loss, rel=1e-4)
+    assert call(validate_verb, *arguments) == 0
+    assert "test_resnet on CIFAR-10 (JPEG copy), 100 test images: top-1" in capsys.readouterr().out
+
+
+def test_validate_refuses_what_does_not_fit(data: Path, finished: Path, tmp_path: Path) -> None:
+    weights = finished / "model.safetensors"
+    common = ("--data-dir", data, "--dataset", "cifar10_jpeg")
+    for error, message, arguments in (
+        (ValueError, "it is not known what 'test_resnet' was trained on: give --dataset", ("test_resnet",)),
+        (ValueError, "unknown dataset 'mnist'", ("test_resnet", "--dataset", "mnist")),
+        (ValueError, "unknown model 'nope'", ("nope", *common)),
+        (ValueError, "--batch-size 0 must be", ("test_resnet", *common, "--batch-size", 0)),
+        (ValueError, "was trained as 'test_resnet', not 'test_vit'", ("test_vit", *common, "--checkpoint", weights)),
+        (FileNotFoundError, "does not exist", ("test_resnet", *common, "--checkpoint", tmp_path / "no")),
+    ):
+        with pytest.raises(error, match=message):
+            call(validate_verb, *arguments)
+    copy = tmp_path / "w.safetensors"
+    copy.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(RuntimeError, match=r"w\.safetensors is no readable safetensors file"):
+        call(validate_verb, "test_resnet", *common, "--checkpoint", copy)
+    copy.write_bytes(weights.read_bytes())
+    with pytest.raises(RuntimeError, match=r"w\.safetensors does not fit test_vit: .*Missing key"):
+        call(validate_verb, "test_vit", *common, "--checkpoint", copy)
