@@ -1,0 +1,36 @@
+"""The command `poolskip`: one module per verb, imported only when it runs."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+# Every verb module has HELP, add_arguments(parser) and run(args) -> exit code, and imports what is heavy in run.
+_VERBS = ("list", "info", "predict", "validate", "train", "demo", "hub")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: words of the command line without the program's name; None takes those of the process.
+
+    Returns:
+        0 on success, 2 after an error that is the caller's to mend (one line on standard error), 130 if interrupted.
+    """
+    parser = argparse.ArgumentParser(prog="poolskip", description="Pool Skip models: list, inspect, train, evaluate.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in _VERBS:
+        module = importlib.import_module(f".{verb}", __name__)
+        module.add_arguments(verbs.add_parser(verb, help=module.HELP, description=module.HELP))
+    args = parser.parse_args(argv)
+    try:
+        return importlib.import_module(f".{args.verb}", __name__).run(args)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        print(f"poolskip: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("poolskip: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,162 @@
+"""`poolskip demo`: classify shipped images, show what one layer's pooling keeps, export to ONNX and compare."""
+
+import argparse
+
+HELP = "classify sample images, draw what pooling keeps, export to ONNX and compare"
+_NAME = "resnet20_cifar_poolskip.c10"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments.
+
+    Args:
+        parser: parser of this verb.
+    """
+    parser.add_argument("--name", default=_NAME, help=f"model with weights (default: {_NAME})")
+    parser.add_argument("--layer", help="Pool Skip layer to draw (default: the model's first)")
+    parser.add_argument("--output", default="demo_output", help="folder to write to (default: demo_output)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo.
+
+    Args:
+        args: parsed arguments.
+
+    Returns:
+        0 if ONNX Runtime agrees with PyTorch, else 1.
+
+    Raises:
+        ValueError: if the model has no weights or no such layer.
+        ImportError: if matplotlib, onnx, onnxscript or onnxruntime is missing; it names the extra to install.
+    """
+    from pathlib import Path
+
+    import torch
+
+    from ..inference import Classifier, read_image
+    from ..samples import sample_paths
+
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = sample_paths()
+    images = [read_image(path) for path in paths]
+    classifier = Classifier.from_pretrained(args.name)
+    ranked = classifier(images)
+    for path, best in zip(paths, ranked, strict=True):
+        print(f"{path.name:<16} " + ", ".join(f"{label} {share:.1%}" for label, share in best[:3]))
+    hits = sum(best[0][0] == path.stem for path, best in zip(paths, ranked, strict=True))
+    print(f"{hits} of {len(paths)} as named")
+
+    x = classifier.preprocess(images)
+    picture = folder / "demo.png"
+    layer, before = _input_of_pool_skip(classifier.model, x, args.layer)
+    _draw(picture, images, ranked, before, classifier.model.get_submodule(layer).window, layer)
+    print(f"picture: {picture}")
+
+    model_file = folder / f"{args.name}.onnx"
+    _export(classifier.model, x, model_file)
+    with torch.inference_mode():
+        eager = classifier.model(x)
+    difference, same = _compare(model_file, x, eager)
+    print(f"ONNX: {model_file}; in ONNX Runtime the largest difference of a logit is {difference:.1e}")
+    print("the same classes in PyTorch and ONNX Runtime" if same else "ONNX Runtime gives other classes")
+    return 0 if same else 1
+
+
+def _input_of_pool_skip(model, x, layer):
+    """Name of a Pool Skip layer and the map that it pools."""
+    import torch
+
+    from ..layers import pool_skip_modules
+
+    layers = pool_skip_modules(model)
+    layer = layer or next(iter(layers), None)
+    if layer not in layers:
+        raise ValueError(f"no Pool Skip layer {layer!r}: the model has {', '.join(layers) or 'none'}")
+    seen = []
+    handle = layers[layer].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        with torch.inference_mode():
+            model(x)
+    finally:
+        handle.remove()
+    return layer, seen[0]
+
+
+def _draw(path, images, ranked, before, window, layer):
+    """One column an image: the image, one channel before pooling, what pooling keeps of it, the class scores."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the demo draws with matplotlib: pip install 'poolskip-zoo[train]'") from error
+
+    from ..layers import max_pool_unpool2d
+
+    # The channel whose kept values vary most shows most.
+    kept = max_pool_unpool2d(before, tuple(window))
+    channel = int(before.flatten(2).std(-1).mean(0).argmax())
+    columns = len(images)
+    figure = Figure(figsize=(1.6 * columns + 0.4, 6.6), layout="constrained")
+    axes = figure.subplots(4, columns, gridspec_kw={"height_ratios": [1, 1, 1, 0.8]})
+    for i, image in enumerate(images):
+        label, share = ranked[i][0]
+        axes[0, i].imshow(image, interpolation="nearest")
+        axes[0, i].set_title(f"{label} {share:.0%}", fontsize=11)
+        scale = float(before[i, channel].abs().max())
+        for row, values in ((1, before), (2, kept)):
+            axes[row, i].imshow(values[i, channel], cmap="RdBu_r", vmin=-scale, vmax=scale, interpolation="nearest")
+        for place, (name, value) in enumerate(ranked[i][:3]):
+            axes[3, i].barh(-place, value, color="#99c1e8")
+            axes[3, i].text(0.03, -place, f"{name} {value:.0%}", va="center", fontsize=8)
+        axes[3, i].set_xlim(0, 1)
+        for row in range(4):
+            axes[row, i].set_xticks([])
+            axes[row, i].set_yticks([])
+    e = "×".join(map(str, window))
+    for row, text in enumerate(("image", f"channel {channel} at\n{layer}", f"kept by {e} pooling", "class scores")):
+        axes[row, 0].set_ylabel(text, fontsize=9)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=110, format="png")
+    temporary.replace(path)
+
+
+def _export(model, x, path):
+    """Plain `torch.onnx.export` with a dynamic batch."""
+    import logging
+
+    import torch
+
+    # The exporter announces every step and every operator set that is not installed.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    temporary = path.with_name(f".{path.name}")
+    try:
+        torch.onnx.export(
+            model,
+            (x,),
+            temporary,
+            input_names=["image"],
+            output_names=["logits"],
+            dynamic_shapes=({0: "batch"},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    except ModuleNotFoundError as error:
+        raise ImportError(f"the export needs {error.name}: pip install 'poolskip-zoo[export]'") from error
+    temporary.replace(path)
+
+
+def _compare(path, x, eager):
+    """Largest difference of a logit, and whether every image has the same class."""
+    import numpy as np
+
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError("the comparison needs onnxruntime: pip install 'poolskip-zoo[export]'") from error
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    logits = session.run(None, {"image": x.numpy()})[0]
+    expected = eager.numpy()
+    return float(np.abs(logits - expected).max()), bool((logits.argmax(1) == expected.argmax(1)).all())

@@ -1,0 +1,46 @@
+"""`poolskip list`: names of the registered models, with their weights."""
+
+import argparse
+
+HELP = "list registered models, or their weights"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments.
+
+    Args:
+        parser: parser of this verb.
+    """
+    parser.add_argument("pattern", nargs="?", default="*", help="glob over model names, for example 'resnet*'")
+    parser.add_argument("--pretrained", action="store_true", help="only models with a trained checkpoint, with its tag")
+    parser.add_argument("--warm-starts", action="store_true", help="timm's tags that start a variant, Pool Skip at 0")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one name a line.
+
+    Args:
+        args: parsed arguments.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError: if nothing matches.
+    """
+    from fnmatch import fnmatchcase
+
+    from ..registry.catalogue import registered_models, warm_starts
+    from ..registry.checkpoint import checkpoints
+
+    if args.warm_starts:
+        names = warm_starts()
+    elif args.pretrained:
+        names = [checkpoint.name for checkpoint in checkpoints()]
+    else:
+        names = registered_models()
+    shown = [name for name in names if fnmatchcase(name, args.pattern) or fnmatchcase(name.split(".")[0], args.pattern)]
+    if not shown:
+        raise ValueError(f"no model matches {args.pattern!r}; `poolskip list` prints all {len(names)}")
+    print("\n".join(shown))
+    return 0

@@ -1,0 +1,74 @@
+"""``poolskip train``: train by a recipe."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "train a model by a recipe"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments.
+
+    Args:
+        parser: The verb's parser.
+    """
+    parser.add_argument("recipe", help="YAML file, or the name of a shipped recipe such as resnet20_cifar.c10")
+    parser.add_argument("--data-dir", help="data folder (default: the environment variable POOLSKIP_DATA_DIR)")
+    parser.add_argument("--output", default="runs", help="folder of run folders (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from the last checkpoint (default); --no-resume removes what the run wrote and starts over",
+    )
+    parser.add_argument("--checkpoint-steps", type=int, default=0, metavar="N", help="also save after every N steps")
+    parser.add_argument("--limit-steps", type=int, default=0, metavar="N", help="save and stop after N steps")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 or CIFAR-100")
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train.
+
+    Args:
+        args: The verb's arguments.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        ValueError: If the recipe does not fit.
+        FileNotFoundError: If recipe or data are missing.
+        RuntimeError: If training fails.
+    """
+    import os
+
+    from ..training import load_recipe, train
+
+    recipe = load_recipe(args.recipe, args.set)
+    try:
+        metrics = train(
+            recipe,
+            args.data_dir,
+            args.output,
+            resume=args.resume,
+            checkpoint_steps=args.checkpoint_steps,
+            limit_steps=args.limit_steps,
+            download=args.download,
+            cpu=args.cpu,
+        )
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint")
+        return 130
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    if metrics is None:
+        print(f"stopped after {args.limit_steps} steps; the same command goes on")
+        return 0
+    scores = metrics["val"]
+    measured = f"held-out top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %" if scores else "nothing held out"
+    folder = os.path.join(args.output, f"{recipe.name}-s{recipe.seed}")
+    print(f"{recipe.name}: {measured}, {metrics['seconds'] / 60:.1f} min on {metrics['hardware']}; see {folder}")
+    return 0

@@ -1,0 +1,1 @@
+"""What is known and published about the registered models."""

@@ -1,0 +1,60 @@
+"""Facts about registered models, for `poolskip info`, tables and cards."""
+
+from difflib import get_close_matches
+from typing import Any
+
+from timm.models import create_model, get_arch_pretrained_cfgs
+
+from ..diagnostics.cost import count_macs, count_parameters, measure_latency
+from ..layers import pool_skip_modules
+from ..registry.catalogue import base_name, registered_models, warm_starts
+from ..registry.checkpoint import checkpoints
+
+__all__ = ["describe"]
+
+
+def describe(name: str, latency: bool = False) -> dict[str, Any]:
+    """Size, cost, placement and weights of a registered model, with its base's size and cost.
+
+    Args:
+        name: registered name, with or without a tag.
+        latency: whether to measure the latency of both on this CPU.
+
+    Returns:
+        Plain data: `model`, `input_size`, `num_classes`, `parameters`, `macs`, `latency_ms` if measured, `places`,
+        `checkpoints`, `warm_starts`, and `base` with the base's `name` and the same numbers.
+
+    Raises:
+        ValueError: if no model of this package has the name; the message lists similar ones.
+    """
+    arch, _, tag = name.partition(".")
+    cfgs = get_arch_pretrained_cfgs(arch)
+    if arch not in registered_models(test=True) or (tag and name not in cfgs):
+        close = get_close_matches(name, [*registered_models(), *cfgs], 5, 0.4)
+        hint = f"similar: {', '.join(close)}" if close else "`poolskip list` prints all"
+        raise ValueError(f"no model {name!r} in this package; {hint}")
+    cfg = cfgs[name] if tag else next(iter(cfgs.values()))
+    models = [create_model(each, num_classes=cfg.num_classes, device="meta") for each in (arch, base_name(arch))]
+    facts: list[dict[str, Any]] = [
+        {"name": each, "parameters": count_parameters(model), "macs": count_macs(model, cfg.input_size)}
+        for each, model in zip((arch, base_name(arch)), models, strict=True)
+    ]
+    if latency:
+        on_cpu = [create_model(fact["name"], num_classes=cfg.num_classes) for fact in facts]
+        for fact, milliseconds in zip(facts, measure_latency(on_cpu, cfg.input_size), strict=True):
+            fact["latency_ms"] = milliseconds
+    own, base = facts
+    places = [
+        {"name": place.rpartition(".")[0], "pool_size": list(layer.window), "groups": layer.conv.groups}
+        for place, layer in pool_skip_modules(models[0]).items()
+    ]
+    return {
+        "model": name,
+        "input_size": list(cfg.input_size),
+        "num_classes": cfg.num_classes,
+        **{key: value for key, value in own.items() if key != "name"},
+        "places": places,
+        "checkpoints": [{"name": c.name, "metrics": c.metrics} for c in checkpoints() if c.arch == arch],
+        "warm_starts": [start for start in warm_starts() if start.partition(".")[0] == arch],
+        "base": base,
+    }

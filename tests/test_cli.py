@@ -1,0 +1,105 @@
+"""The command line: what it prints, and one line for every mistake."""
+
+import json
+
+import pytest
+import torch
+
+import poolskip_zoo
+from poolskip_zoo import inference
+from poolskip_zoo.cli import main
+from poolskip_zoo.samples import sample_paths
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Let `predict` and `demo` take a seeded, untrained net, so that they run without weights."""
+
+    def build(cls, name):
+        torch.manual_seed(0)
+        return cls(poolskip_zoo.create_model("test_resnet_cifar_poolskip"))
+
+    monkeypatch.setattr(inference.Classifier, "from_pretrained", classmethod(build))
+
+
+def test_list_matches_globs(capsys):
+    assert main(["list", "resnet50*"]) == 0
+    assert capsys.readouterr().out.split() == ["resnet50_poolskip", "resnet50d_poolskip"]
+
+
+def test_list_keeps_warm_starts_apart(capsys):
+    assert main(["list", "resnet50_poolskip", "--warm-starts"]) == 0
+    assert "resnet50_poolskip.a1_in1k" in capsys.readouterr().out.split()
+    assert main(["list", "--pretrained"]) == 0
+    trained = capsys.readouterr().out.split()
+    assert trained
+    assert not any("in1k" in name for name in trained)
+
+
+def test_info_json(capsys):
+    assert main(["info", "resnet18_poolskip", "--json", "--no-latency"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["parameters"], facts["base"]["parameters"]) == (24_227_112, 11_689_512)
+    assert 1.9 < facts["macs"] / facts["base"]["macs"] < 2.1
+    assert len(facts["places"]) == 16
+    assert "resnet18_poolskip.a1_in1k" in facts["warm_starts"]
+
+
+def test_info_measures_latency(capsys):
+    assert main(["info", "test_resnet_cifar_poolskip"]) == 0
+    assert "latency" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("untrained")
+def test_predict_ranks_all_images(capsys):
+    paths = [str(path) for path in sample_paths()]
+    assert main(["predict", "any", *paths, "--top", "10", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == paths
+    for line in lines:
+        shares = [entry["probability"] for entry in line["classes"]]
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.usefixtures("untrained")
+def test_demo_draws_exports_and_compares(tmp_path, capsys):
+    assert main(["demo", "--name", "tiny", "--output", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.png", "tiny.onnx"]
+    assert "the same classes in PyTorch and ONNX Runtime" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["list", "vit_huge*"], "no model matches 'vit_huge*'"),
+        (["info", "resnet51_poolskip"], "similar: resnet"),
+        (["info", "resnet50_poolskip.nothing"], "no model 'resnet50_poolskip.nothing'"),
+        (["predict", "resnet18_poolskipp", "x.jpg"], "unknown model 'resnet18_poolskipp'"),
+        (["predict", "resnet420_cifar_poolskip", "x.jpg"], "has no weights"),
+        (["train", "no_such_recipe"], "no_such_recipe"),
+        (["validate", "resnet18_poolskip", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, said, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("poolskip: error: ")
+    assert error.count("\n") == 1
+    assert said in error
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("content", [None, b"", b"not an image"])
+def test_unreadable_images_are_named(tmp_path, capsys, content):
+    path = tmp_path / "photo.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["predict", "any", str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("untrained")
+def test_top_out_of_range(capsys):
+    assert main(["predict", "any", str(sample_paths()[0]), "--top", "11"]) == 2
+    assert "--top 11: expected 1 to 10" in capsys.readouterr().err
