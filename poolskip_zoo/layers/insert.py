@@ -82,7 +82,7 @@ def add_pool_skip(
         >>> import timm
         >>> places = add_pool_skip(timm.create_model("resnet18"), zero_init=True)
         >>> len(places), places[0].name, sum(place.parameters for place in places)
-        (16, 'layer1.0.conv1', 12496896)
+        (16, 'layer1.0.conv1', 12537600)
     """
     chosen = resolve_placement(model, placement)
     places = []
