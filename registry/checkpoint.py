@@ -101,7 +101,6 @@ class Checkpoint:
         Returns:
             A copy with the data's and the checkpoint's own entries.
         """
-        own = {"paper_ids": "arXiv:2409.13154"} if self.arch.endswith(SUFFIX) else {}
         return dataclasses.replace(
             cfg_for_data(cfg, self.dataset),
             hf_hub_id=self.hub_id,
@@ -122,7 +121,7 @@ class Checkpoint:
             description=None,
             origin_url=None,
             notes=None,
-            **own,
+            paper_ids="arXiv:2409.13154" if self.arch.endswith(SUFFIX) else cfg.paper_ids,
         )
 
 

@@ -113,16 +113,17 @@ def _roots() -> Iterator[Path]:
 def _from_hub(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None) -> Path:
     import huggingface_hub
 
+    cache = None if cache_dir is None else os.fspath(cache_dir)
     repo, _, revision = checkpoint.hub_id.partition("@")
     if not revision:
         raise RuntimeError(_no_file(checkpoint, "it is not published there yet"))
     # The sha256 decides, so a cached file needs no question to the Hub, which offline takes the client 25 s.
-    cached = huggingface_hub.try_to_load_from_cache(repo, _FILENAME, cache_dir=cache_dir, revision=revision)
+    cached = huggingface_hub.try_to_load_from_cache(repo, _FILENAME, cache_dir=cache, revision=revision)
     if isinstance(cached, str) and Path(cached).is_file():
         return Path(cached)
     try:
         _connect()
-        return Path(huggingface_hub.hf_hub_download(repo, _FILENAME, revision=revision, cache_dir=cache_dir))
+        return Path(huggingface_hub.hf_hub_download(repo, _FILENAME, revision=revision, cache_dir=cache))
     # The client raises OSError, ValueError and its own classes; each means that there is no file.
     except Exception as error:
         raise RuntimeError(_no_file(checkpoint, _reason(error, revision))) from error

@@ -1,0 +1,167 @@
+"""`poolskip hub`: make, check, copy and publish checkpoints."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+HELP = "model cards, verification, copies and publication of checkpoints"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments.
+
+    Args:
+        parser: parser of this verb.
+    """
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    add = actions.add_parser("add", help="make a checkpoint's folder of a finished run; print its record")
+    add.add_argument("run", type=Path, help="run folder of `poolskip train`")
+    add.add_argument("--scores", required=True, help="file with what `poolskip validate … --json` printed; - reads it")
+    add.add_argument("--cards", type=Path, help="folder of checkpoints (default: hub_cards/ of the checkout)")
+
+    card = actions.add_parser("card", help="write README.md, config.json and SHA256SUMS again from the record")
+    _add_names(card)
+
+    verify = actions.add_parser("verify", help="compare files with their hashes, and a golden output")
+    _add_names(verify)
+
+    pull = actions.add_parser("pull", help="copy verified checkpoints into a folder, for POOLSKIP_HUB_DIR")
+    _add_names(pull)
+    pull.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder; made if missing")
+
+    publish = actions.add_parser("publish", help="upload checkpoints to the Hugging Face Hub")
+    _add_names(publish)
+    publish.add_argument("--org", help="organisation or user on the Hub (default: the records')")
+    publish.add_argument("--private", action="store_true", help="make new repositories private")
+    publish.add_argument("--dry-run", action="store_true", help="only say what would be done")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one action.
+
+    Args:
+        args: parsed arguments.
+
+    Returns:
+        0, or 1 if a checkpoint failed verification.
+
+    Raises:
+        ValueError: if a name is unknown, or a run cannot be added.
+        RuntimeError: if files are not what they should be, or the Hub fails.
+    """
+    return {"add": _add, "card": _card, "verify": _verify, "pull": _pull, "publish": _publish}[args.action](args)
+
+
+def _add_names(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="checkpoints, such as resnet20_cifar_poolskip.c10_e20")
+    parser.add_argument("--all", action="store_true", help="all checkpoints")
+
+
+def _records(args: argparse.Namespace) -> list[Any]:
+    import poolskip_zoo  # noqa: F401  registers the checkpoints
+
+    from ..registry.checkpoint import checkpoints
+
+    known = {record.name: record for record in checkpoints()}
+    if args.all == bool(args.names):
+        raise ValueError("give names of checkpoints, or --all")
+    unknown = [name for name in args.names if name not in known]
+    if unknown:
+        raise ValueError(f"no trained checkpoint {unknown[0]!r}; there are: {', '.join(known) or 'none yet'}")
+    return list(known.values()) if args.all else [known[name] for name in args.names]
+
+
+def _cards_folder() -> Path:
+    from ..registry.resolve import hub_cards_dir
+
+    folder = hub_cards_dir()
+    if folder is None:
+        raise ValueError("there is no hub_cards/ here: this is an installation, not a checkout")
+    return folder
+
+
+def _add(args: argparse.Namespace) -> int:
+    import json
+    import sys
+
+    from ..hub.add import add_run, record_source
+
+    _check_recipe(args.run)
+    cards = args.cards or _cards_folder()
+    text = sys.stdin.read() if args.scores == "-" else Path(args.scores).read_text(encoding="utf-8")
+    record = add_run(args.run, json.loads(text), cards)
+    size = (cards / record.name / "model.safetensors").stat().st_size
+    print(f"# {cards / record.name}, {size / 1e6:.2f} MB. Put this into CHECKPOINTS of its family in registry/,")
+    print("# then run `poolskip hub card --all` and `make tables`:")
+    print(record_source(record))
+    return 0
+
+
+def _check_recipe(run: Path) -> None:
+    """A card shows the shipped recipe, so the run must have used it; the seed is the record's own."""
+    import dataclasses
+
+    from ..training import load_recipe
+
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run} is no run of `poolskip train`: it has no recipe.yaml")
+    used = load_recipe(path)
+    shipped = load_recipe(used.name)
+    differing = [
+        field.name
+        for field in dataclasses.fields(used)
+        if field.name != "seed" and getattr(used, field.name) != getattr(shipped, field.name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{run} was not made by the recipe {used.name}: {', '.join(differing)} differ. Ship its recipe "
+            "under another name, so that the card tells how the weights were made"
+        )
+    if used.model_args:
+        raise ValueError(f"{run}: a checkpoint loads without keywords, but its recipe has model_args {used.model_args}")
+
+
+def _card(args: argparse.Namespace) -> int:
+    from ..hub.card import write_card
+
+    for record in _records(args):
+        write_card(record, _cards_folder() / record.name)
+        print(_cards_folder() / record.name)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    import sys
+
+    from ..hub.verify import fetch_folder, verify_folder
+
+    failed = 0
+    for record in _records(args):
+        try:
+            folder = fetch_folder(record)
+            difference = verify_folder(record, folder)
+        except RuntimeError as error:
+            print(f"{record.name}: FAILED: {error}", file=sys.stderr)
+            failed += 1
+        else:
+            print(f"{record.name}: all files as recorded, golden output within {difference:.0e}; {folder}")
+    return int(failed > 0)
+
+
+def _pull(args: argparse.Namespace) -> int:
+    from ..hub.verify import pull
+
+    for record in _records(args):
+        print(pull(record, args.to))
+    return 0
+
+
+def _publish(args: argparse.Namespace) -> int:
+    from ..hub.publish import publish
+    from ..registry.checkpoint import HUB_ORG
+
+    for record in _records(args):
+        publish(record, _cards_folder() / record.name, args.org or HUB_ORG, private=args.private, dry_run=args.dry_run)
+    return 0
