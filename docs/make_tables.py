@@ -7,6 +7,7 @@ from poolskip_zoo.registry.catalogue import registered_models
 from poolskip_zoo.registry.checkpoint import SUFFIX, checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/models.md")
 BEGIN, END = "<!-- table: made by docs/make_tables.py -->", "<!-- end of table -->"
 # One of each kind for the README; docs/models.md has all.
 EXAMPLES = (
@@ -102,20 +103,22 @@ def replaced(text: str, tables: list[str]) -> str:
     return BEGIN.join(parts)
 
 
-def pages() -> dict[Path, str]:
-    """The pages with tables, renewed.
+def renewed(name: str) -> str:
+    """A page with its tables renewed.
+
+    Args:
+        name: "README.md" or "docs/models.md".
 
     Returns:
-        Path to text.
+        Its new text.
     """
-    variants = [name for name in registered_models() if name.endswith(SUFFIX)]
-    tables = {
-        ROOT / "README.md": [table(EXAMPLES)],
-        ROOT / "docs" / "models.md": [table(variants), checkpoint_table()],
-    }
-    return {path: replaced(path.read_text(encoding="utf-8"), made) for path, made in tables.items()}
+    if name == "README.md":
+        tables = [table(EXAMPLES)]
+    else:
+        tables = [table([name for name in registered_models() if name.endswith(SUFFIX)]), checkpoint_table()]
+    return replaced((ROOT / name).read_text(encoding="utf-8"), tables)
 
 
 if __name__ == "__main__":
-    for path, text in pages().items():
-        path.write_text(text, encoding="utf-8")
+    for page in PAGES:
+        (ROOT / page).write_text(renewed(page), encoding="utf-8")

@@ -1,8 +1,10 @@
 """Run a script or module with the Pool Skip models registered: `python -m poolskip_zoo train.py …`, `… -m MODULE …`."""
 
+import importlib.util
 import runpy
 import sys
 from pathlib import Path
+from types import ModuleType
 
 _USAGE = "usage: python -m poolskip_zoo SCRIPT [ARGS…]  or  python -m poolskip_zoo -m MODULE [ARGS…]"
 
@@ -11,25 +13,43 @@ def main() -> None:
     """Run what the command line names as `__main__`, as python itself would.
 
     Raises:
-        SystemExit: with a line of usage if nothing is named or the script does not exist.
+        SystemExit: with one line if nothing is named, or the script or module does not exist.
     """
     import poolskip_zoo  # noqa: F401
 
     arguments = sys.argv[1:]
     if arguments[:1] == ["-m"] and len(arguments) > 1:
-        sys.argv = arguments[1:]
         # python -m puts the working directory first, which it already is here.
+        sys.argv = arguments[1:]
+        if not _exists(arguments[1]):
+            raise SystemExit(f"poolskip_zoo: no such module: {arguments[1]}")
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     elif arguments and not arguments[0].startswith("-"):
-        script = Path(arguments[0])
-        if not script.is_file():
-            raise SystemExit(f"poolskip_zoo: no such script: {script}\n{_USAGE}")
         sys.argv = arguments
-        # python SCRIPT puts the script's folder first, in place of the working directory.
-        sys.path[0] = str(script.resolve().parent)
-        runpy.run_path(str(script), run_name="__main__")
+        _run_script(Path(arguments[0]))
+    elif arguments in (["-h"], ["--help"]):
+        print(_USAGE)
     else:
         raise SystemExit(_USAGE)
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _run_script(script: Path) -> None:
+    # Not runpy.run_path: it leaves `__file__` relative, which a script that changes its directory cannot use.
+    if not script.is_file():
+        raise SystemExit(f"poolskip_zoo: no such script: {script}")
+    # python SCRIPT puts the script's folder first, in place of the working directory.
+    sys.path[0] = str(script.resolve().parent)
+    module = ModuleType("__main__")
+    module.__file__ = str(script.absolute())
+    sys.modules["__main__"] = module
+    exec(compile(script.read_bytes(), module.__file__, "exec"), module.__dict__)
 
 
 if __name__ == "__main__":

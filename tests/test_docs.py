@@ -1,14 +1,18 @@
 """Every code block of the pages runs, and the tables say what the registry says."""
 
+import doctest
+import importlib
 import importlib.util
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 
+import poolskip_zoo
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LAYERS = sorted((ROOT / "poolskip_zoo" / "layers").glob("*.py"))
 
 
 def blocks(page):
@@ -22,15 +26,25 @@ def test_code_blocks_run(page):
         exec(compile(block, str(page), "exec"), namespace)
 
 
-def test_tables_are_current():
+# The page of all models takes about a minute: pytest -m slow tests/test_docs.py
+@pytest.mark.parametrize("name", ["README.md", pytest.param("docs/models.md", marks=pytest.mark.slow)])
+def test_tables_are_current(name):
     spec = importlib.util.spec_from_file_location("make_tables", ROOT / "docs" / "make_tables.py")
     make_tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_tables)
-    for page, text in make_tables.pages().items():
-        assert page.read_text(encoding="utf-8") == text, f"{page.name} is not what `make tables` writes"
+    assert name in make_tables.PAGES
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert text == make_tables.renewed(name), f"{name} is not what `make tables` writes"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def test_docstring_examples_run():
+    names = [m.name for m in pkgutil.walk_packages(poolskip_zoo.__path__[:1], "poolskip_zoo.")]
+    results = [doctest.testmod(importlib.import_module(name)) for name in names if not name.endswith("__main__")]
+    assert sum(result.attempted for result in results) > 10
+    assert not any(result.failed for result in results)

@@ -155,6 +155,16 @@ def test_gradcheck(dims):
     assert torch.autograd.gradcheck(pair, (x, values))
 
 
+@pytest.mark.parametrize("ceil_mode", [False, True])
+@every_rank
+def test_the_scripted_mask_equals_the_eager_one(dims, ceil_mode):
+    pool = POOL[dims](3, ceil_mode=ceil_mode)
+    # Zeros and ties, also in the rows and columns that floor mode leaves out.
+    x = torch.randint(-1, 2, (2, 3, *[8, 7, 10][:dims])).float()
+    for got, expected in zip(torch.jit.script(pool)(x), pool(x), strict=True):
+        assert torch.equal(got, expected)
+
+
 class SegNet(nn.Module):
     """Two pooling pairs that cross: what the encoder notes first the decoder needs last."""
 

@@ -3,7 +3,7 @@
 import argparse
 
 HELP = "classify sample images, draw what pooling keeps, export to ONNX and compare"
-_NAME = "resnet20_cifar_poolskip.c10"
+_NAME = "resnet20_cifar_poolskip"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

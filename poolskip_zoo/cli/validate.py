@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    parser.add_argument("name", help="model name with or without tag, such as resnet20_cifar_poolskip.c10")
+    parser.add_argument("name", help="model name with or without tag, such as resnet20_cifar_poolskip.c10_e20")
     parser.add_argument("--data-dir", help="data folder (default: the environment variable POOLSKIP_DATA_DIR)")
     parser.add_argument("--dataset", help="data set (default: the one that the checkpoint was trained on)")
     parser.add_argument("--checkpoint", metavar="FILE", help="model.safetensors that `poolskip train` wrote")

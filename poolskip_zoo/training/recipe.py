@@ -160,7 +160,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: If it is no YAML mapping, or a key or value is unknown or out of range.
 
     Example:
-        >>> load_recipe("resnet20_cifar.c10", ["epochs=5", "seed=1"]).epochs
+        >>> load_recipe("resnet20_cifar.c10_e20", ["epochs=5", "seed=1"]).epochs
         5
     """
     path = _find(str(source))
@@ -267,4 +267,4 @@ def _check_range(key: str, value: Any) -> None:
     if isinstance(value, float) and value == float("inf"):
         raise ValueError(f"recipe key {key}={value!r} must be finite")
     if key == "name" and (not value or "/" in value or value.startswith(".")):
-        raise ValueError(f"recipe key name={value!r} must be a plain file name such as resnet20_cifar.c10")
+        raise ValueError(f"recipe key name={value!r} must be a plain file name such as resnet20_cifar.c10_e20")
