@@ -253,10 +253,10 @@ def test_exponential_moving_average():
     [
         ("resnet18", ["layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1"]),
         ("convnext_tiny", ["stages.0.blocks.0.conv_dw", "stages.0.blocks.1.conv_dw", "stages.0.blocks.2.conv_dw"]),
-        ("efficientnet_b0", ["blocks.0.0.conv_dw", "blocks.0.0.conv_pw", "blocks.1.0.conv_pw"]),
+        ("efficientnet_b0", ["blocks.0.0.conv_dw", "blocks.0.0.conv_pw", "blocks.1.0.conv_dw"]),
         ("regnety_002", ["s1.b1.conv1.conv", "s1.b1.conv2.conv", "s1.b1.conv3.conv"]),
-        ("seresnet50", ["layer1.0.conv1", "layer1.0.conv2", "layer1.0.conv3"]),
-        ("rexnet_100", ["features.0.conv_dw.conv", "features.0.conv_pwl.conv", "features.1.conv_exp.conv"]),
+        ("seresnet50", ["layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1"]),
+        ("rexnet_100", ["features.0.conv_dw.conv", "features.0.conv_pwl.conv", "features.1.conv_dw.conv"]),
         ("skresnet18", None),
         ("legacy_xception", ["conv2"]),
         ("dla34", None),
@@ -282,7 +282,8 @@ def test_auto_follows_the_groups_of_the_convolution():
     model = timm.create_model("efficientnet_b0", device="meta")
     groups = {place.name: (place.groups, place.channels) for place in add_pool_skip(model, "auto", dry_run=True)}
     assert groups["blocks.1.0.conv_dw"] == (96, 96)
-    assert groups["blocks.1.0.conv_pw"] == (1, 96)
+    assert groups["blocks.0.0.conv_pw"] == (1, 16)
+    assert "blocks.1.0.conv_pw" not in groups  # widens, 16 to 96
 
 
 def test_auto_skips_what_reparameterisation_would_drop():
