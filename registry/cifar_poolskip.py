@@ -20,7 +20,32 @@ from ..models.vit import PoolSkipVisionTransformer
 from .build import create
 from .checkpoint import SUFFIX, Checkpoint, cfg_for_data, trained_cfgs
 
-CHECKPOINTS: tuple[Checkpoint, ...] = ()
+CHECKPOINTS: tuple[Checkpoint, ...] = (
+    Checkpoint(
+        name="resnet20_cifar_poolskip.c10_e20",
+        dataset="cifar10_jpeg",
+        sha256="a456c3dd7d06bc12c6452ae6a8bc476984327eca9a9e2de1f85de9051f149ee4",
+        metrics={"top1": 83.48, "top5": 99.18},
+        recipe="resnet20_cifar_poolskip.c10_e20",
+        seed=0,
+        hardware="AMD EPYC (CPU, 1 threads)",
+        hours=1.701,
+        images_per_second=192.3,
+        torch="2.15.0",
+    ),
+    Checkpoint(
+        name="resnet20_cifar.c10_e20",
+        dataset="cifar10_jpeg",
+        sha256="7f037a1826a30167bf3641efb958098bd599bee8b3e8e9e5cb3290c8ab3a111d",
+        metrics={"top1": 83.1, "top5": 99.25},
+        recipe="resnet20_cifar.c10_e20",
+        seed=0,
+        hardware="AMD EPYC (CPU, 1 threads)",
+        hours=1.078,
+        images_per_second=312.1,
+        torch="2.15.0",
+    ),
+)
 
 
 def _cfg(first_conv: str = "conv1", classifier: str = "fc", **kwargs: Any) -> PretrainedCfg:

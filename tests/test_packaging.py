@@ -1,0 +1,209 @@
+"""What is shipped, which way imports run, and what importing and creating cost."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Top-level folders that are installed as sub-packages.
+BESIDE = [name for name in ("registry", "export") if (ROOT / name / "__init__.py").is_file()]
+
+# Package to those it may import from; itself and what these may import go without saying.
+MAY_IMPORT = {
+    "layers": set(),
+    "data": set(),
+    "models": {"layers"},
+    "registry": {"models", "data"},
+    "training": {"registry", "data"},
+    "hub": {"registry", "diagnostics", "recipes"},
+    "diagnostics": {"layers"},
+    "export": {"layers"},
+    "samples": set(),
+    "recipes": set(),
+    "inference": set(),
+}
+
+
+def folders() -> dict[str, Path]:
+    """Every package of the tree, by its installed name."""
+    roots = {"poolskip_zoo": ROOT / "poolskip_zoo", **{f"poolskip_zoo.{name}": ROOT / name for name in BESIDE}}
+    found = {}
+    for package, root in roots.items():
+        for init in root.rglob("__init__.py"):
+            inner = init.parent.relative_to(root).parts
+            found[".".join((package, *inner))] = init.parent
+    return found
+
+
+def sources() -> list[tuple[str, Path]]:
+    return [(package, file) for package, folder in folders().items() for file in sorted(folder.glob("*.py"))]
+
+
+@pytest.fixture(scope="module")
+def setuptools_table():
+    if sys.version_info < (3, 11):
+        pytest.skip("Python 3.10 has no tomllib")
+    import tomllib
+
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def test_every_package_of_the_tree_is_installed(setuptools_table):
+    assert sorted(setuptools_table["packages"]) == sorted(folders())
+    assert setuptools_table["package-dir"] == {
+        "poolskip_zoo": "poolskip_zoo",
+        **{f"poolskip_zoo.{name}": name for name in BESIDE},
+    }
+
+
+def test_every_source_file_is_in_a_package_and_every_data_file_is_declared(setuptools_table):
+    inside = {file for _, file in sources()}
+    for root in (ROOT / "poolskip_zoo", *(ROOT / name for name in BESIDE)):
+        assert {file for file in root.rglob("*.py") if "__pycache__" not in file.parts} <= inside
+        for file in root.rglob("*"):
+            if file.is_file() and file.suffix not in (".py", ".pyc"):
+                package, folder = next((p, f) for p, f in folders().items() if f == file.parent)
+                patterns = setuptools_table["package-data"].get(package, [])
+                assert any(file in folder.glob(pattern) for pattern in patterns), f"{file} would not be installed"
+
+
+def test_it_is_typed(setuptools_table):
+    assert (ROOT / "poolskip_zoo/py.typed").is_file()
+    assert "py.typed" in setuptools_table["package-data"]["poolskip_zoo"]
+
+
+# --- imports
+
+
+def imported(package: str, file: Path) -> set[str]:
+    """Modules of this package that a file imports anywhere, by absolute name."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parts, *(node.module or "").split(".")]).strip(".")
+            # `from .. import data` names the sub-package behind the `import`.
+            names.update({base} if node.module else {f"{base}.{alias.name}" for alias in node.names})
+    return {name for name in names if name.partition(".")[0] == "poolskip_zoo"}
+
+
+def area(module: str) -> str:
+    """The sub-package or top-level module, "" for names of the package itself."""
+    first = module.split(".")[1] if "." in module else ""
+    known = {package.split(".")[1] for package in folders() if "." in package}
+    return first if first in known or (ROOT / "poolskip_zoo" / f"{first}.py").is_file() else ""
+
+
+def closure(name: str) -> set[str]:
+    return {name}.union(*(closure(each) for each in MAY_IMPORT[name]))
+
+
+def areas() -> list[str]:
+    packages = {package.split(".")[1] for package in folders() if "." in package}
+    modules = {file.stem for file in (ROOT / "poolskip_zoo").glob("*.py") if not file.stem.startswith("__")}
+    return sorted(packages | modules)
+
+
+def test_every_area_has_a_rule():
+    # The export passes come later; their rule stands.
+    assert {*areas(), "export"} == {*MAY_IMPORT, "cli"}
+
+
+@pytest.mark.parametrize("name", areas())
+def test_imports_run_one_way(name):
+    for package, file in sources():
+        own = package.split(".")[1] if "." in package else file.stem
+        if own != name:
+            continue
+        used = {area(module) for module in imported(package, file)} - {""}
+        allowed = {*MAY_IMPORT, "cli"} if name == "cli" else closure(name)
+        assert used <= allowed, f"{file} imports {used - allowed}; {name} may import {allowed}"
+
+
+def test_nothing_imports_registry_or_export_by_a_bare_name():
+    for _, file in sources():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                tops = {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                tops = {(node.module or "").partition(".")[0]}
+            else:
+                continue
+            assert not tops & {"registry", "export"}, f"{file}: installed, there is no such package"
+
+
+# --- running it
+
+
+def run(code: str, *flags: str, cwd: Path | None = None) -> str:
+    done = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_it_leaves_optional_libraries_alone():
+    optional = "accelerate matplotlib tensorboard tqdm onnx onnxruntime onnxscript segmentation_models_pytorch monai"
+    code = f"""
+import sys, timm
+before = set(sys.modules)
+import poolskip_zoo
+new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+print(sorted(new & set({optional.split()!r})))
+print(sorted(name for name in sys.modules if name.startswith("poolskip_zoo.")))
+"""
+    optional_loaded, modules = run(code).splitlines()
+    assert optional_loaded == "[]"
+    assert not [m for m in ast.literal_eval(modules) if m.split(".")[1] in ("cli", "training", "hub", "diagnostics")]
+
+
+def test_a_stray_import_of_the_folder_fails_loudly():
+    done = subprocess.run([sys.executable, "-c", "import registry"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode
+    assert "relative import" in done.stderr
+
+
+def seconds(code: str) -> float:
+    start = time.perf_counter()
+    run(code)
+    return time.perf_counter() - start
+
+
+def interleaved(runs: int, *codes: str) -> list[float]:
+    """Smallest time of each of several programs, run in turn so that a busy machine slows all of them."""
+    times = [[seconds(code) for code in codes] for _ in range(runs)]
+    return [min(column) for column in zip(*times, strict=True)]
+
+
+@pytest.mark.slow
+def test_import_time():
+    timm, ours = interleaved(7, "import timm", "import poolskip_zoo")
+    print(f"import poolskip_zoo {ours:.2f} s, import timm {timm:.2f} s: {ours / timm:.3f}×")
+    assert ours <= 1.15 * timm
+
+
+@pytest.mark.slow
+def test_creation_time():
+    """Of resnet50_poolskip: 1.3 × resnet50 plus the time to initialise the extra parameters."""
+    code = """
+import time, torch, timm, poolskip_zoo
+from poolskip_zoo.layers import pool_skip_modules
+torch.set_num_threads(1)
+def once(f):
+    start = time.perf_counter(); f(); return time.perf_counter() - start
+layers = pool_skip_modules(timm.create_model("resnet50_poolskip", device="meta")).values()
+def extra():
+    for layer in layers:
+        torch.nn.Conv2d(layer.conv.in_channels, layer.conv.out_channels, 3, groups=layer.conv.groups)
+programs = [lambda: timm.create_model("resnet50"), lambda: timm.create_model("resnet50_poolskip"), extra]
+times = [[once(f) for f in programs] for _ in range(9)]
+print(*(min(column) for column in zip(*times)))
+"""
+    base, ours, extra = map(float, run(code).split())
+    print(f"resnet50 {base:.3f} s, its extra parameters {extra:.3f} s, resnet50_poolskip {ours:.3f} s")
+    assert ours <= 1.3 * base + extra
