@@ -295,9 +295,9 @@ def test_add_refuses_what_a_card_could_not_tell(finished, tmp_path, capsys, wron
 
 
 def test_card_writes_a_folder_again(trained, capsys):
-    _, folder = trained
+    record, folder = trained
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     rewrite(folder / "README.md", b"old")
     (folder / "golden.safetensors").unlink()
-    assert main(["hub", "card", "--all"]) == 0
+    assert main(["hub", "card", record.name]) == 0
     assert {file.name: file.read_bytes() for file in Path(folder).iterdir()} == before
