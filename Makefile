@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test lint tables wheel clean
+.PHONY: demo test lint tables wheel weights-wheel clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,13 @@ tables: $(VENV)/installed
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --wheel
+
+# hub_cards/ as the package poolskip_zoo_weights.
+weights-wheel: $(VENV)/installed
+	rm -rf build/weights && mkdir -p build/weights
+	cp -R hub_cards build/weights/poolskip_zoo_weights
+	mv build/weights/poolskip_zoo_weights/pyproject.toml build/weights/
+	$(BIN)/python -m build --wheel --outdir dist build/weights
 
 clean:
 	rm -rf $(VENV) build dist demo_output *.egg-info

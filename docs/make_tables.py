@@ -70,16 +70,18 @@ def checkpoint_table() -> str:
     Returns:
         Markdown.
     """
-    lines = [
-        "| checkpoint | data | top-1, % | top-5, % | seed | hours | hardware |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| `{c.name}` | {c.dataset_title} | {c.metrics['top1']:.2f} | {c.metrics['top5']:.2f} | {c.seed} | "
-        f"{c.hours:.1f} | {c.hardware} |"
-        for c in checkpoints()
-    ]
-    return "\n".join(lines)
+    kinds = {("top1", "top5"): "top-1, % | top-5, %", ("miou", "pixel_accuracy"): "mIoU, % | pixel accuracy, %"}
+    tables = []
+    for keys, heading in kinds.items():
+        rows = [
+            f"| `{c.name}` | {c.dataset_title} | {' | '.join(f'{c.metrics[key]:.2f}' for key in keys)} | {c.seed} | "
+            f"{c.hours:.1f} | {c.hardware} |"
+            for c in checkpoints()
+            if c.metrics.keys() == set(keys)
+        ]
+        head = [f"| checkpoint | data | {heading} | seed | hours | hardware |", "|---|---|---|---|---|---|---|"]
+        tables += ["\n".join([*head, *rows])] if rows else []
+    return "\n\n".join(tables)
 
 
 def replaced(text: str, tables: list[str]) -> str:

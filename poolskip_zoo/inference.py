@@ -1,16 +1,21 @@
-"""Classify images with a model's own preprocessing and class names."""
+"""Classify and segment images with a model's own preprocessing and class names."""
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Classifier", "read_image"]
+__all__ = ["Classifier", "Segmenter", "draw_segments", "read_image", "segment"]
+
+# Largest stride of smp's encoders, which the size of their input must be a multiple of.
+_STRIDE = 32
 
 
 def read_image(path: str | os.PathLike[str]) -> "Image":
@@ -113,3 +118,161 @@ class Classifier:
             values, indices = row.sort(descending=True)
             ranked.append([(self.labels[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True)])
         return ranked
+
+
+def segment(
+    model: nn.Module, images: Tensor, size: Sequence[int], window: Sequence[int] = (), overlap: float = 0.5
+) -> Tensor:
+    """Give every pixel its logits.
+
+    Args:
+        model: segmentation model; its input is padded at the right and bottom to a multiple of 32.
+        images: (B, C, h, w), normalised.
+        size: height and width of the result, reached by bilinear interpolation.
+        window: height and width of a sliding window in pixels of `images`; empty for whole images.
+        overlap: share of a window that its neighbours cover too, 0 to 0.9; there logits are averaged.
+
+    Returns:
+        Logits (B, classes, H, W), float32.
+
+    Example:
+        >>> segment(nn.Conv2d(3, 7, 1), torch.rand(1, 3, 50, 70), (100, 140), window=(32, 32)).shape
+        torch.Size([1, 7, 100, 140])
+    """
+    height, width = images.shape[2:]
+    tall, wide = (min(pair) for pair in zip(window or (height, width), (height, width), strict=True))
+    logits, times = torch.zeros((), device=images.device), torch.zeros(height, width, device=images.device)
+    for top in _starts(height, tall, overlap):
+        for left in _starts(width, wide, overlap):
+            part = images[:, :, top : top + tall, left : left + wide]
+            found = model(F.pad(part, (0, -wide % _STRIDE, 0, -tall % _STRIDE)))[:, :, :tall, :wide].float()
+            logits = logits + F.pad(found, (left, width - left - wide, top, height - top - tall))
+            times[top : top + tall, left : left + wide] += 1
+    return F.interpolate(logits / times, tuple(size), mode="bilinear", align_corners=False)
+
+
+def _starts(length: int, window: int, overlap: float) -> Iterator[int]:
+    """Yield where windows start, evenly spaced from edge to edge."""
+    steps = math.ceil((length - window) / (window * (1 - overlap)))
+    yield from (round(place * (length - window) / max(steps, 1)) for place in range(steps + 1))
+
+
+class Segmenter:
+    """A segmentation model with the preprocessing, the class names and the colours of its data set.
+
+    Args:
+        model: model of smp, in evaluation mode.
+        dataset: name of the segmentation data set that it was trained on.
+        image_size: shorter side in pixels that images are resized to; 0 leaves them as they are.
+        window: height and width of a sliding window, empty for whole images.
+        overlap: share of a window that its neighbours cover too.
+
+    Raises:
+        ValueError: if it is no segmentation data set.
+    """
+
+    def __init__(
+        self, model: nn.Module, dataset: str, image_size: int = 0, window: Sequence[int] = (), overlap: float = 0.5
+    ) -> None:
+        from .data.datasets import DATASETS, SegmentationInfo
+
+        info = DATASETS.get(dataset)
+        if not isinstance(info, SegmentationInfo):
+            names = ", ".join(name for name, each in DATASETS.items() if isinstance(each, SegmentationInfo))
+            raise ValueError(f"{dataset!r} is no segmentation data set: one of {names}")
+        self.model, self.info, self.image_size, self.window, self.overlap = model, info, image_size, window, overlap
+        self.labels = list(info.labels or ())
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> "Segmenter":
+        """Load a recorded checkpoint.
+
+        Args:
+            name: its name, such as `unet_resnet18.camvid_r180`.
+
+        Returns:
+            The segmenter.
+
+        Raises:
+            ValueError: if there is no segmentation checkpoint of this name.
+            RuntimeError: if the weights cannot be had or are not the recorded ones.
+        """
+        from .registry.checkpoint import SegmentationCheckpoint, find
+        from .registry.resolve import local_weights
+        from .registry.segmentation import build_recorded, load_weights
+
+        record = find(name)
+        if not isinstance(record, SegmentationCheckpoint):
+            raise ValueError(f"{name} is no segmentation checkpoint; `poolskip list --pretrained` prints what there is")
+        return cls(load_weights(build_recorded(record), local_weights(record)), record.dataset, record.image_size)
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence["Image"]) -> list[Tensor]:
+        """Give every pixel of each image its label.
+
+        Args:
+            images: RGB images of any size.
+
+        Returns:
+            For each image its labels (H, W), uint8, at the image's own size.
+        """
+        import numpy as np
+
+        from .data.scene_loader import SceneEvalLoader
+        from .data.scenes import Scenes
+
+        # Labels only tell the size; so preprocessing is that of an evaluation.
+        items = [
+            (torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.zeros(image.height, image.width).byte())
+            for image in images
+        ]
+        settings: dict[str, Any] = {
+            "image_size": self.image_size,
+            "mean": self.info.mean,
+            "std": self.info.std,
+            "batch_size": 1,
+        }
+        loader = SceneEvalLoader(Scenes(items, self.labels), **settings)
+        return [
+            segment(self.model, batch, labels.shape[1:], self.window, self.overlap).argmax(1)[0].byte()
+            for batch, labels in loader
+        ]
+
+
+def draw_segments(image: "Image", labels: Sequence[Tensor], names: Sequence[str], palette: Sequence[Any]) -> "Image":
+    """Lay labels over an image, with a legend of those that occur.
+
+    Args:
+        image: RGB image.
+        labels: one or more label maps (H, W) uint8 of the image's size, such as a prediction and the ground truth;
+            each makes a panel. Labels beyond the names are void and left uncoloured.
+        names: class names, by label.
+        palette: RGB colours, 0 to 255, by label.
+
+    Returns:
+        The panels and the legend side by side.
+    """
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    colours = np.array([*palette, *[(0, 0, 0)] * (256 - len(palette))], np.uint8)
+    panels = []
+    for each in labels:
+        place = each.numpy()
+        cover = Image.fromarray(np.where(place < len(names), 150, 0).astype(np.uint8))
+        panels.append(Image.composite(Image.fromarray(colours[place]), image, cover))
+    counts = torch.stack([torch.bincount(each.flatten(), minlength=256) for each in labels]).sum(0)
+    shown = [label for label in counts[: len(names)].argsort(descending=True).tolist() if counts[label]]
+    line = max(12, image.height // 20)
+    font = ImageFont.load_default(0.7 * line)
+    width = round(max((font.getlength(names[label]) for label in shown), default=0)) + 2 * line
+    picture = Image.new("RGB", (image.width * len(panels) + width, max(image.height, line * len(shown))), "white")
+    for column, panel in enumerate(panels):
+        picture.paste(panel, (column * image.width, 0))
+    draw, left = ImageDraw.Draw(picture), image.width * len(panels)
+    for row, label in enumerate(shown):
+        top = row * line
+        box = (left + line // 4, top + line // 5, left + line, top + line - line // 5)
+        draw.rectangle(box, fill=tuple(palette[label]), outline="black")
+        draw.text((left + line * 5 // 4, top + line // 2), names[label], "black", font, anchor="lm")
+    return picture

@@ -11,7 +11,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from .checkpoint import SUFFIX, find
-from .resolve import local_weights
+from .resolve import local_weights, require_warm_start
 
 __all__ = ["create"]
 
@@ -36,6 +36,9 @@ def create(
 ) -> ModelT:
     """Build a registered model through timm's `build_model_with_cfg`.
 
+    Arguments that the record of a trained checkpoint carries are applied where its tag is named, or is the one to load;
+    the caller's own keywords win over them.
+
     Args:
         model_class: class to build.
         variant: registered name, without tag.
@@ -54,14 +57,21 @@ def create(
         RuntimeError: if weights were asked for and cannot be had, are not the recorded ones, or do not fit the model.
         ValueError: if a setting is unknown.
     """
-    if pretrained:
+    carried: dict[str, Any] = {}
+    if pretrained or pretrained_cfg:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
         checkpoint = find(f"{variant}.{cfg.tag}")
-        own_source = cfg.source or cfg.file or cfg.state_dict
-        if checkpoint is not None and not own_source and cfg.hf_hub_id == checkpoint.hub_id:
+        # A folder has its own arguments, which timm passes on; its tag may be that of what it was trained from.
+        if checkpoint is not None and not cfg.source:
+            carried = {key: value for key, value in checkpoint.model_args.items() if key not in kwargs}
+        if not pretrained or cfg.source or cfg.file or cfg.state_dict:
+            pass
+        elif checkpoint is None:
+            require_warm_start(f"{variant}.{cfg.tag}", cfg, cache_dir)
+        elif cfg.hf_hub_id == checkpoint.hub_id:
             path = local_weights(checkpoint, cache_dir)
             pretrained_cfg_overlay = {**(pretrained_cfg_overlay or {}), "file": str(path)}
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         model_class,
         variant,
         pretrained,
@@ -69,8 +79,13 @@ def create(
         pretrained_cfg_overlay=pretrained_cfg_overlay,
         pretrained_filter_fn=partial(_fit, filter_fn=filter_fn, optional=optional),
         cache_dir=cache_dir,
+        **carried,
         **kwargs,
     )
+    if carried:
+        # timm adds the caller's keywords to these, and writes all of them into config.json.
+        model._model_args = carried  # type: ignore[assignment]
+    return model
 
 
 def _fit(state_dict: StateDict, model: Any, filter_fn: FilterFn | None, optional: tuple[str, ...]) -> StateDict:

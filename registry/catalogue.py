@@ -1,12 +1,15 @@
 """What this package has registered with timm."""
 
 import sys
+from typing import Any
 
-from timm.models import get_arch_pretrained_cfgs, list_models
+from timm.models import create_model, get_arch_pretrained_cfgs, is_model, list_models
+from torch import nn
 
+from ..layers import remove_pool_skip
 from .checkpoint import SUFFIX, find
 
-__all__ = ["base_name", "registered_models", "warm_starts"]
+__all__ = ["base_name", "create_base", "registered_models", "warm_starts"]
 
 
 def registered_models(test: bool = False) -> list[str]:
@@ -36,6 +39,30 @@ def base_name(name: str) -> str:
         The name without its suffix; a base's own name.
     """
     return name.removesuffix(SUFFIX)
+
+
+def create_base(name: str, **kwargs: Any) -> nn.Module:
+    """Build the model that a variant adds Pool Skip to, beside which the variant is measured.
+
+    timm's ResNet takes no `stem_stride`: with it the model is the variant's class after `remove_pool_skip`, whose
+    parameters and their names are timm's.
+
+    Args:
+        name: name of a variant or of its base, without tag.
+        kwargs: keywords of `timm.create_model` and the variant's class; `pool_skip` has no effect.
+
+    Returns:
+        The model.
+
+    Raises:
+        RuntimeError: timm's, if there is no such model.
+        TypeError: for an unknown keyword.
+    """
+    base = base_name(name)
+    kwargs.pop("pool_skip", None)
+    if "stem_stride" in kwargs and is_model(base + SUFFIX):
+        return remove_pool_skip(create_model(base + SUFFIX, **kwargs))
+    return create_model(base, **kwargs)
 
 
 def warm_starts() -> list[str]:

@@ -2,19 +2,34 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from timm.models import get_arch_pretrained_cfgs
 from timm.models._pretrained import PretrainedCfg
 
 from ..data import DATASETS
 
-__all__ = ["HUB_ORG", "SUFFIX", "Checkpoint", "cfg_for_data", "checkpoints", "find", "pool_skip_cfgs", "trained_cfgs"]
+__all__ = [
+    "CARRIED",
+    "HUB_ORG",
+    "SUFFIX",
+    "Checkpoint",
+    "SegmentationCheckpoint",
+    "add_checkpoints",
+    "cfg_for_data",
+    "checkpoints",
+    "find",
+    "pool_skip_cfgs",
+    "trained_cfgs",
+]
 
 # Organisation on the Hugging Face Hub that has the repositories of all checkpoints.
 HUB_ORG = "poolskip-zoo"
 # Turns the name of a base into that of its variant.
 SUFFIX = "_poolskip"
+# Keywords of our classes that a record can carry: plain data, and in no entrypoint, whose own would win over them.
+CARRIED = ("pool_skip", "stem_stride")
 
 
 def cfg_for_data(cfg: PretrainedCfg, dataset: str) -> PretrainedCfg:
@@ -57,6 +72,10 @@ class Checkpoint:
         licence: of the weights, as an identifier that the Hub knows.
         images_per_second: speed of training, if it was measured.
         torch: version of torch that trained it, if recorded.
+        model_args: keywords of the model class that it was trained with, of `CARRIED`; `create_model` applies them
+            when this checkpoint is loaded.
+        base_scores: of a run of the base by the same recipe whose weights are not published: `metrics`, `hours` and
+            `images_per_second` by name.
     """
 
     name: str
@@ -71,6 +90,8 @@ class Checkpoint:
     licence: str = "apache-2.0"
     images_per_second: float | None = None
     torch: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    base_scores: dict[str, float] = field(default_factory=dict)
 
     @property
     def arch(self) -> str:
@@ -101,8 +122,11 @@ class Checkpoint:
         Returns:
             A copy with the data's and the checkpoint's own entries.
         """
+        of_data = cfg_for_data(cfg, self.dataset)
         return dataclasses.replace(
-            cfg_for_data(cfg, self.dataset),
+            of_data,
+            # The final map's size is that of the architecture's own input.
+            pool_size=cfg.pool_size if of_data.input_size == cfg.input_size else None,
             hf_hub_id=self.hub_id,
             # Named, so that an unreachable Hub is asked once and not again for a pickle.
             hf_hub_filename="model.safetensors",
@@ -123,6 +147,23 @@ class Checkpoint:
             notes=None,
             paper_ids="arXiv:2409.13154" if self.arch.endswith(SUFFIX) else cfg.paper_ids,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationCheckpoint(Checkpoint):
+    """A trained segmentation model of smp; its folder is what smp's `save_pretrained` writes.
+
+    Attributes:
+        model: name of smp's architecture.
+        model_args: keywords of `smp.create_model`.
+        image_size: shorter side in pixels that images are resized to; 0 leaves them as they are.
+        class_iou: intersection over union on the test set, in percent, by label; None for a class that is not in it.
+    """
+
+    model: str
+    model_args: dict[str, Any]
+    image_size: int
+    class_iou: tuple[float | None, ...]
 
 
 _CHECKPOINTS: dict[str, Checkpoint] = {}
@@ -147,6 +188,16 @@ def checkpoints() -> tuple[Checkpoint, ...]:
     return tuple(_CHECKPOINTS.values())
 
 
+def add_checkpoints(trained: Iterable[Checkpoint]) -> None:
+    """Make `find` and `checkpoints` know trained checkpoints.
+
+    Args:
+        trained: their records.
+    """
+    for checkpoint in trained:
+        _CHECKPOINTS[checkpoint.name] = checkpoint
+
+
 def trained_cfgs(trained: Iterable[Checkpoint], cfgs: Mapping[str, PretrainedCfg]) -> dict[str, PretrainedCfg]:
     """Configurations of trained checkpoints, which `find` knows from then on.
 
@@ -157,8 +208,8 @@ def trained_cfgs(trained: Iterable[Checkpoint], cfgs: Mapping[str, PretrainedCfg
     Returns:
         `<arch>.<tag>` to configuration.
     """
-    for checkpoint in trained:
-        _CHECKPOINTS[checkpoint.name] = checkpoint
+    trained = tuple(trained)
+    add_checkpoints(trained)
     return {checkpoint.name: checkpoint.pretrained_cfg(cfgs[checkpoint.arch]) for checkpoint in trained}
 
 

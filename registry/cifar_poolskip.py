@@ -1,4 +1,4 @@
-"""Small-image bases (CIFAR stems), which timm does not have, with and without Pool Skip."""
+"""Small-image bases (CIFAR stems, small patches), which timm does not have, with and without Pool Skip."""
 
 from typing import Any
 
@@ -48,14 +48,17 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
 )
 
 
-def _cfg(first_conv: str = "conv1", classifier: str = "fc", **kwargs: Any) -> PretrainedCfg:
-    return cfg_for_data(PretrainedCfg(first_conv=first_conv, classifier=classifier, **kwargs), "cifar10_jpeg")
+def _cfg(
+    first_conv: str = "conv1", classifier: str = "fc", dataset: str = "cifar10_jpeg", **kwargs: Any
+) -> PretrainedCfg:
+    return cfg_for_data(PretrainedCfg(first_conv=first_conv, classifier=classifier, **kwargs), dataset)
 
 
 _THREE_STAGES = _cfg(pool_size=(8, 8))
 _FOUR_STAGES = _cfg(pool_size=(4, 4))
 _VGG = _cfg("features.0", "head.fc", pool_size=(1, 1))
 _VIT = _cfg("patch_embed.proj", "head", fixed_input_size=True)
+_VIT_64 = _cfg("patch_embed.proj", "head", "tiny_imagenet_jpeg", fixed_input_size=True)
 
 _BASES = {
     "resnet20_cifar": _THREE_STAGES,
@@ -71,6 +74,7 @@ _BASES = {
     "vgg11_bn_cifar": _VGG,
     "vgg16_bn_cifar": _VGG,
     "vit_tiny_patch4_32": _VIT,
+    "vit_tiny_patch8_64": _VIT_64,
 }
 
 _ARCHS = {name: cfg for base, cfg in _BASES.items() for name in (base, base + SUFFIX)}
@@ -279,4 +283,24 @@ def vit_tiny_patch4_32_poolskip(pretrained: bool = False, **kwargs: Any) -> Visi
         "vit_tiny_patch4_32_poolskip",
         pretrained,
         **{"img_size": 32, "patch_size": 4, "embed_dim": 192, "num_heads": 3, **kwargs},
+    )
+
+
+@register_model
+def vit_tiny_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """ViT-Tiny with 8×8 patches for 64×64 images."""
+    return _vit(
+        "vit_tiny_patch8_64",
+        pretrained,
+        **{"img_size": 64, "patch_size": 8, "embed_dim": 192, "num_heads": 3, **kwargs},
+    )
+
+
+@register_model
+def vit_tiny_patch8_64_poolskip(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """ViT-Tiny with 8×8 patches for 64×64 images with Pool Skip."""
+    return _vit(
+        "vit_tiny_patch8_64_poolskip",
+        pretrained,
+        **{"img_size": 64, "patch_size": 8, "embed_dim": 192, "num_heads": 3, **kwargs},
     )

@@ -7,7 +7,9 @@ from timm.models.resnet import BasicBlock, Bottleneck
 
 from ..models.resnet import PoolSkipResNet
 from .build import create
-from .checkpoint import pool_skip_cfgs
+from .checkpoint import Checkpoint, pool_skip_cfgs
+
+CHECKPOINTS: tuple[Checkpoint, ...] = ()
 
 _BASES = (
     "resnet18",
@@ -31,7 +33,7 @@ _BASES = (
     "test_resnet",
 )
 
-default_cfgs = generate_default_cfgs({**pool_skip_cfgs(_BASES)})
+default_cfgs = generate_default_cfgs({**pool_skip_cfgs(_BASES, CHECKPOINTS)})
 
 _DEEP_STEM: dict[str, Any] = {"stem_width": 32, "stem_type": "deep", "avg_down": True}
 

@@ -10,14 +10,18 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from timm.models._pretrained import PretrainedCfg
+
 from .catalogue import warm_starts
 from .checkpoint import Checkpoint
 
-__all__ = ["HUB_DIR_VARIABLE", "hub_cards_dir", "local_folder", "local_weights", "sha256_of"]
+__all__ = ["HUB_DIR_VARIABLE", "hub_cards_dir", "local_folder", "local_weights", "require_warm_start", "sha256_of"]
 
 # Names a folder with one folder per checkpoint, as `poolskip hub pull` makes it.
 HUB_DIR_VARIABLE = "POOLSKIP_HUB_DIR"
 _FILENAME = "model.safetensors"
+# Where timm looks in its own repositories (timm/models/_hub.py).
+_TIMM_FILENAMES = (_FILENAME, "pytorch_model.bin")
 # Of each address of the Hub, which has about eight: an unreachable one is known after 20 s, not after minutes.
 _CONNECT_SECONDS = 2.5
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -29,8 +33,9 @@ def hub_cards_dir() -> Path | None:
     Returns:
         `hub_cards/` beside the package's source, or None in an installation.
     """
-    folder = Path(__file__).resolve().parent.parent / "hub_cards"
-    return folder if folder.is_dir() else None
+    root = Path(__file__).resolve().parent.parent
+    # An installation has the cards, without weights, in a folder of this name.
+    return root / "hub_cards" if (root / "pyproject.toml").is_file() else None
 
 
 def local_folder(checkpoint: Checkpoint) -> Path | None:
@@ -78,6 +83,38 @@ def local_weights(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | No
     if actual != checkpoint.sha256:
         raise RuntimeError(f"{_not_recorded(path, checkpoint, actual)}. {_set_aside(path)}")
     return path
+
+
+def require_warm_start(name: str, cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None = None) -> None:
+    """Check that timm will get a base model's weights, for which it would try for a minute and name no file.
+
+    Args:
+        name: `<arch>.<tag>` of the variant.
+        cfg: its configuration, timm's own but for the name.
+        cache_dir: folder of the Hub client's cache.
+
+    Raises:
+        RuntimeError: if the cache has no copy and the Hub cannot be reached.
+    """
+    import huggingface_hub
+
+    repo, _, revision = (cfg.hf_hub_id or "").partition("@")
+    files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else list(_TIMM_FILENAMES)
+    cache = None if cache_dir is None else os.fspath(cache_dir)
+    for file in files if repo else ():
+        cached = huggingface_hub.try_to_load_from_cache(repo, file, cache_dir=cache, revision=revision or None)
+        if isinstance(cached, str):
+            return
+    if not repo:
+        return
+    try:
+        _connect()
+    except ConnectionError as error:
+        raise RuntimeError(
+            f"cannot get the base model's weights for {name} ({files[0]} of {repo} on the Hugging Face Hub): {error}. "
+            "Ways out: connect to the network and try again; load a file of timm's with "
+            "pretrained_cfg_overlay={'file': PATH}; start from random weights with pretrained=False"
+        ) from error
 
 
 def sha256_of(path: Path) -> str:

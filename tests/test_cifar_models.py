@@ -90,11 +90,24 @@ def test_pad_shortcut_subsamples_and_appends_zeros(size, stride):
 
 
 def test_three_stage_shortcuts_have_no_parameters():
-    model = TINY["three"]()  # zero_init_last: every residual branch starts at zero
+    model = TINY["three"](zero_init_last=True)  # every residual branch starts at zero
     assert not any("downsample" in name for name in model.state_dict())
     x = torch.randn(1, 8, 9, 10)
     expected = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 8)).relu()
     assert torch.equal(model.eval().layer2(x), expected)
+
+
+def test_no_channel_of_three_stages_is_born_dead():
+    """Zero shortcut channels plus a zero last norm would be zero behind the sum, where the ReLU passes no gradient."""
+    torch.manual_seed(0)
+    model = TINY["three"]().train()
+    model(torch.randn(4, 3, 16, 16)).square().sum().backward()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.weight.grad.abs().min() > 0, name
+    dead = TINY["three"](zero_init_last=True).train()
+    dead(torch.randn(4, 3, 16, 16)).square().sum().backward()
+    assert not dead.layer2[0].bn2.weight.grad[8:].any()
 
 
 def test_four_stage_is_the_reference_network():
@@ -251,7 +264,7 @@ def test_activation_and_norm_by_name(kind):
 
 @resnets
 def test_resnet_initialisation(kind):
-    model = TINY[kind]()
+    model = TINY[kind](zero_init_last=True)
     assert all(not b.bn2.weight.any() for b in model.modules() if isinstance(b, BasicBlock))
     model = TINY[kind](zero_init_last=False)
     assert all(b.bn2.weight.all() for b in model.modules() if isinstance(b, BasicBlock))

@@ -232,6 +232,14 @@ def test_normalisation_resizing_and_layout() -> None:
     assert larger.is_contiguous()
 
 
+def test_sizes_of_training_images_follow_the_epoch() -> None:
+    split = images(16)
+    loader = TrainLoader(split, 16, Augment(0), **PLAIN, sizes=[[0, 4], [2, 6], [3, 8]])
+    assert [tuple(loader.batch(epoch, 0)[0].shape[2:]) for epoch in range(5)] == [(s, s) for s in (4, 4, 6, 8, 8)]
+    whole = TrainLoader(split, 16, Augment(0), **PLAIN)
+    assert torch.equal(loader.batch(4, 0)[0], whole.batch(4, 0)[0])
+
+
 def test_processes_evaluate_every_image_once() -> None:
     split = Split(images(10).images, torch.arange(10), [])
     loaders = [EvalLoader(split, 4, **PLAIN, rank=rank, world=2) for rank in range(2)]

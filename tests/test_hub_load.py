@@ -16,7 +16,7 @@ import torch
 from hub_records import NAME
 from hub_server import set_client
 from huggingface_hub import constants
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from poolskip_zoo.registry import resolve
 from poolskip_zoo.registry.checkpoint import find
@@ -140,6 +140,24 @@ def test_an_unreachable_hub_is_known_at_once(on_hub, hub, register):
     record = register(dataclasses.replace(on_hub, name="resnet18_poolskip.c10"))
     with pytest.raises(RuntimeError, match=r"resnet18_poolskip\.c10 .*'resnet18_poolskip\.a1_in1k', a warm start"):
         resolve.local_weights(record)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_an_unreachable_hub_is_named_for_warm_starts_too(hub, monkeypatch, offline, tmp_path):
+    name, repo = "resnet18_poolskip.a1_in1k", "timm/resnet18.a1_in1k"
+    base = timm.create_model("resnet18").state_dict()
+    hub.put(repo, {WEIGHTS: save(base)})
+    warm = timm.create_model(name, pretrained=True, cache_dir=tmp_path / "warm").state_dict()
+    assert all(torch.equal(warm[key], base[key]) for key in base)
+    if offline:
+        set_client(monkeypatch, HF_HUB_OFFLINE=True)
+    hub.http.shutdown()
+    hub.http.server_close()
+    reason = "HF_HUB_OFFLINE is set" if offline else "cannot be reached"
+    for kwargs in ({}, {"num_classes": 3}, {"features_only": True}):
+        with pytest.raises(RuntimeError, match=rf"weights for {name} \(.*of {repo} .*{reason}.*'file': PATH"):
+            timm.create_model(name, pretrained=True, cache_dir=tmp_path / "cold", **kwargs)
+    assert timm.create_model(name, pretrained=True, cache_dir=tmp_path / "warm") is not None
 
 
 def test_an_unreachable_hub_does_not_matter_with_a_cache(on_hub, hub, made):

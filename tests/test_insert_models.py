@@ -26,6 +26,7 @@ def from_timm(name: str, **options) -> nn.Module:
 
 def from_monai(name: str, *args, **options) -> nn.Module:
     nets = pytest.importorskip("monai.networks.nets")
+    pytest.importorskip("einops")  # which MONAI's transformers want
     return getattr(nets, name)(*args, **options)
 
 

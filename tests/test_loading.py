@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import segmentation_models_pytorch as smp
 import timm
 import torch
 from contract import assert_same, create, images
@@ -315,6 +316,9 @@ def test_every_recorded_file_in_hub_cards_loads():
     if folder is None:
         pytest.skip("an installation has no hub_cards/")
     for record in checkpoint_module.checkpoints():
-        model = timm.create_model(record.name, pretrained=True)
+        if isinstance(record, checkpoint_module.SegmentationCheckpoint):
+            model = smp.from_pretrained(str(folder / record.name))
+        else:
+            model = timm.create_model(record.name, pretrained=True)
         assert set(load_file(folder / record.name / "model.safetensors")) == set(model.state_dict())
     assert not [path for suffix in ("bin", "pth", "pt", "pkl") for path in folder.rglob(f"*.{suffix}")]

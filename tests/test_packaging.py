@@ -18,13 +18,13 @@ MAY_IMPORT = {
     "data": set(),
     "models": {"layers"},
     "registry": {"models", "data"},
-    "training": {"registry", "data"},
+    "training": {"registry", "data", "inference"},
     "hub": {"registry", "diagnostics", "recipes"},
     "diagnostics": {"layers"},
     "export": {"layers"},
     "samples": set(),
     "recipes": set(),
-    "inference": set(),
+    "inference": {"registry", "data"},
 }
 
 
@@ -53,9 +53,11 @@ def setuptools_table():
 
 
 def test_every_package_of_the_tree_is_installed(setuptools_table):
-    assert sorted(setuptools_table["packages"]) == sorted(folders())
+    # The cards are files alone: weights are another distribution.
+    assert sorted(setuptools_table["packages"]) == sorted([*folders(), "poolskip_zoo.hub_cards"])
     assert setuptools_table["package-dir"] == {
         "poolskip_zoo": "poolskip_zoo",
+        "poolskip_zoo.hub_cards": "hub_cards",
         **{f"poolskip_zoo.{name}": name for name in BESIDE},
     }
 
@@ -66,9 +68,27 @@ def test_every_source_file_is_in_a_package_and_every_data_file_is_declared(setup
         assert {file for file in root.rglob("*.py") if "__pycache__" not in file.parts} <= inside
         for file in root.rglob("*"):
             if file.is_file() and file.suffix not in (".py", ".pyc"):
-                package, folder = next((p, f) for p, f in folders().items() if f == file.parent)
+                inside_of = [(p, f) for p, f in folders().items() if f in file.parents]
+                package, folder = max(inside_of, key=lambda pair: len(pair[1].parts))
                 patterns = setuptools_table["package-data"].get(package, [])
                 assert any(file in folder.glob(pattern) for pattern in patterns), f"{file} would not be installed"
+
+
+def test_weights_stay_within_their_budget():
+    """160 MB in the tree and 200 MB over its history, so that a clone stays light."""
+    folder = ROOT / "hub_cards"
+    assert sum(file.stat().st_size for file in folder.rglob("*.*") if file.is_file()) <= 160e6
+    git = ["git", "-C", str(ROOT)]
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout: the history is not here")
+    listed = subprocess.run(
+        [*git, "rev-list", "--objects", "--all", "--", "hub_cards"], capture_output=True, check=True
+    )
+    names = b"\n".join(line.partition(b" ")[0] for line in listed.stdout.splitlines())
+    sizes = subprocess.run(
+        [*git, "cat-file", "--batch-check=%(objectsize)"], input=names, capture_output=True, check=True
+    )
+    assert 0 < sum(map(int, sizes.stdout.split())) <= 200e6
 
 
 def test_it_is_typed(setuptools_table):

@@ -8,6 +8,7 @@ import yaml
 
 from poolskip_zoo.training.recipe import Recipe, load_recipe, make_recipe, recipe_names
 
+SEGMENTS = {"dataset": "camvid", "model": "unet", "crop_size": [32, 64]}
 MINIMAL = {"name": "a.b", "model": "test_resnet", "dataset": "cifar10"}
 
 
@@ -19,6 +20,12 @@ def test_shipped_recipe(name: str) -> None:
 
     recipe = load_recipe(name)
     assert recipe.name == name
+    if recipe.segments:
+        encoder = recipe.model_args["encoder_name"].removeprefix("tu-")
+        assert name.startswith(f"{recipe.model}_{encoder}.")
+        assert timm.is_model(encoder)
+        assert recipe.hold_out == (-1 if recipe.dataset == "camvid" else 0)
+        return
     assert name.startswith(recipe.model + ".")
     assert timm.is_model(recipe.model)
     assert recipe.hold_out == 5000  # chosen on held-out training images
@@ -27,7 +34,15 @@ def test_shipped_recipe(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in recipe_names() if "_poolskip." in name])
 def test_pool_skip_and_base_share_one_recipe(name: str) -> None:
     variant, base = load_recipe(name), load_recipe(name.replace("_poolskip", ""))
-    assert dataclasses.replace(variant, name=base.name, model=base.model) == base
+    twin = dataclasses.replace(variant, name=base.name, model=base.model)
+    if base.segments:
+        names = [recipe.model_args["encoder_name"].removeprefix("tu-") for recipe in (variant, base)]
+        assert names[0] == f"{names[1]}_poolskip"
+        # Of smp's tu- encoders the weights are True, of ours a name.
+        given = [bool(recipe.model_args.get("encoder_weights")) for recipe in (variant, base)]
+        assert given[0] == given[1]
+        twin = dataclasses.replace(twin, model_args=base.model_args)
+    assert twin == base
 
 
 def test_there_are_recipes() -> None:
@@ -65,6 +80,24 @@ def test_written_recipe_holds_every_key_and_reads_back_equal() -> None:
         ({"name": "../a"}, "recipe key name='../a' must be a plain file name"),
         ({"warmup_epochs": 30}, "warmup_epochs=30.0 must be below epochs=20"),
         ({"accumulation": 3}, "batch_size=128 is not divisible by accumulation=3"),
+        ({"crop_size": [32, 32]}, "recipe key crop_size has no meaning for cifar10, a data set for classification"),
+        ({"sizes": [[1, 32]]}, r"recipe key sizes=\[\[1, 32\]\] must be pairs of an epoch and a size of 8 to 1024"),
+        ({"sizes": [[0, 32], [0, 64]]}, "the first epoch 0, the others rising and below epochs=20"),
+        ({"sizes": [[0, 32], [20, 64]]}, "the first epoch 0, the others rising and below epochs=20"),
+        ({"sizes": [[0, 4]]}, "must be pairs of an epoch and a size of 8 to 1024"),
+        ({"sizes": [[0]]}, "must be pairs of an epoch and a size of 8 to 1024"),
+        ({"sizes": [[0, 32.5]]}, "recipe key sizes=32.5 must be of type int"),
+        ({**SEGMENTS, "sizes": [[0, 32]]}, "recipe key sizes has no meaning for camvid"),
+        ({"hold_out": -1}, "hold_out=-1: cifar10 has no own validation images"),
+        ({"hold_out": -2}, "recipe key hold_out=-2 must be at least -1"),
+        ({**SEGMENTS, "mixup": 0.2}, "recipe key mixup has no meaning for camvid, a data set for segmentation"),
+        ({**SEGMENTS, "crop_size": []}, r"recipe key crop_size=\[\] must be height and width, multiples of 32"),
+        ({**SEGMENTS, "crop_size": [32, 40]}, r"recipe key crop_size=\[32, 40\] must be"),
+        ({**SEGMENTS, "crop_size": [32.5, 32]}, "recipe key crop_size=32.5 must be of type int"),
+        ({**SEGMENTS, "window": [32]}, r"recipe key window=\[32\] must be empty or height and width"),
+        ({**SEGMENTS, "scale": [2.0, 1.0]}, r"recipe key scale=\[2.0, 1.0\] must be a least and a greatest"),
+        ({**SEGMENTS, "loss": "focal"}, r"recipe key loss='focal' must be one of ce, dice, ce\+dice"),
+        ({**SEGMENTS, "model_args": {"classes": 3}}, "must not hold classes"),
     ],
 )
 def test_refused(change: dict, message: str) -> None:

@@ -162,6 +162,16 @@ def run_killed(data: Path, output: Path, at: int, processes: int = 1, **change: 
         assert result.returncode == 0, result.stderr
 
 
+def test_a_run_that_grows_its_images_resumes_exactly(data: Path, tmp_path: Path) -> None:
+    growing = recipe(**PLAIN, sizes=[[0, 16], [1, 24]])
+    folders = [tmp_path / name / "test_resnet.tiny-s0" for name in ("whole", "parts")]
+    assert train(growing, data, tmp_path / "whole", cpu=True) is not None
+    for steps in (5, 5):  # in the first epoch of small images, then in that of large ones
+        assert train(growing, data, tmp_path / "parts", cpu=True, limit_steps=steps) is None
+    assert train(growing, data, tmp_path / "parts", cpu=True) is not None
+    assert_equal_runs(*folders)
+
+
 def test_killed_run_ends_equal_to_the_bit(data: Path, finished: Path, tmp_path: Path) -> None:
     run_killed(data, tmp_path, at=STEPS + 5)  # mid-epoch, and two steps after the last checkpoint
     folder = tmp_path / finished.name
@@ -432,7 +442,7 @@ def test_commands(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     path.write_text(recipe(**PLAIN).to_yaml())
     common = ("--data-dir", data, "--output", tmp_path / "runs", "--cpu", "--set", "seed=3")
     assert call(train_verb, path, *common, "--limit-steps", 2) == 0
-    assert "stopped after 2 steps; the same command goes on" in capsys.readouterr().out
+    assert "stopped at the limit; the same command goes on" in capsys.readouterr().out
     assert call(train_verb, path, *common) == 0
     assert "held-out top-1" in capsys.readouterr().out
     weights = tmp_path / "runs" / "test_resnet.tiny-s3" / "model.safetensors"

@@ -4,11 +4,12 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 __all__ = ["main"]
 
 # Every verb module has HELP, add_arguments(parser) and run(args) -> exit code, and imports what is heavy in run.
-_VERBS = ("list", "info", "predict", "validate", "train", "demo", "hub")
+_VERBS = ("list", "info", "predict", "validate", "train", "train-many", "export", "diagnose", "demo", "hub")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,14 +24,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="poolskip", description="Pool Skip models: list, inspect, train, evaluate.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in _VERBS:
-        module = importlib.import_module(f".{verb}", __name__)
+        module = _module(verb)
         module.add_arguments(verbs.add_parser(verb, help=module.HELP, description=module.HELP))
     args = parser.parse_args(argv)
     try:
-        return importlib.import_module(f".{args.verb}", __name__).run(args)
+        return _module(args.verb).run(args)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         print(f"poolskip: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("poolskip: interrupted", file=sys.stderr)
         return 130
+
+
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f".{verb.replace('-', '_')}", __name__)

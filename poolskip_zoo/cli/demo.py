@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     difference, same = _compare(model_file, x, eager)
     print(f"ONNX: {model_file}; in ONNX Runtime the largest difference of a logit is {difference:.1e}")
     print("the same classes in PyTorch and ONNX Runtime" if same else "ONNX Runtime gives other classes")
+    for what, milliseconds in _latencies(classifier.model, model_file, x[:1]).items():
+        print(f"{what}: {milliseconds:.2f} ms for one image")
     return 0 if same else 1
 
 
@@ -151,12 +153,42 @@ def _compare(path, x, eager):
     """Largest difference of a logit, and whether every image has the same class."""
     import numpy as np
 
+    logits = _session(path).run(None, {"image": x.numpy()})[0]
+    expected = eager.numpy()
+    return float(np.abs(logits - expected).max()), bool((logits.argmax(1) == expected.argmax(1)).all())
+
+
+def _session(path):
     try:
         import onnxruntime
     except ImportError as error:
         raise ImportError("the comparison needs onnxruntime: pip install 'poolskip-zoo[export]'") from error
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    logits = session.run(None, {"image": x.numpy()})[0]
-    expected = eager.numpy()
-    return float(np.abs(logits - expected).max()), bool((logits.argmax(1) == expected.argmax(1)).all())
+
+def _latencies(model, path, x, rounds=15):
+    """Median milliseconds of the model, its file and its base, which take turns."""
+    import copy
+    import time
+
+    import torch
+
+    from ..layers import remove_pool_skip
+
+    base = copy.deepcopy(model)
+    remove_pool_skip(base)
+    session, image = _session(path), x.numpy()
+    programs = {
+        "PyTorch": lambda: model(x),
+        "ONNX Runtime": lambda: session.run(None, {"image": image}),
+        "the base model in PyTorch": lambda: base(x),
+    }
+    times: dict[str, list[float]] = {what: [] for what in programs}
+    with torch.inference_mode():
+        for turn in range(rounds + 2):
+            for what, program in programs.items():
+                begun = time.perf_counter()
+                program()
+                if turn > 1:
+                    times[what].append(1e3 * (time.perf_counter() - begun))
+    return {what: sorted(spent)[rounds // 2] for what, spent in times.items()}

@@ -18,6 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = actions.add_parser("add", help="make a checkpoint's folder of a finished run; print its record")
     add.add_argument("run", type=Path, help="run folder of `poolskip train`")
     add.add_argument("--scores", required=True, help="file with what `poolskip validate … --json` printed; - reads it")
+    add.add_argument(
+        "--base",
+        type=Path,
+        metavar="RUN",
+        help="measured run of the base whose weights are not published, for the card",
+    )
     add.add_argument("--cards", type=Path, help="folder of checkpoints (default: hub_cards/ of the checkout)")
 
     card = actions.add_parser("card", help="write README.md, config.json and SHA256SUMS again from the record")
@@ -86,11 +92,16 @@ def _add(args: argparse.Namespace) -> int:
     import sys
 
     from ..hub.add import add_run, record_source
+    from ..training import join_weights
 
-    _check_recipe(args.run)
+    _check_arguments(args.run, _check_recipe(args.run))
+    if args.base:
+        _check_recipe(args.base)
+    if (args.run / "parts").is_dir():
+        join_weights(args.run)
     cards = args.cards or _cards_folder()
     text = sys.stdin.read() if args.scores == "-" else Path(args.scores).read_text(encoding="utf-8")
-    record = add_run(args.run, json.loads(text), cards)
+    record = add_run(args.run, json.loads(text), cards, args.base)
     size = (cards / record.name / "model.safetensors").stat().st_size
     print(f"# {cards / record.name}, {size / 1e6:.2f} MB. Put this into CHECKPOINTS of its family in registry/,")
     print("# then run `poolskip hub card --all` and `make tables`:")
@@ -98,7 +109,7 @@ def _add(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_recipe(run: Path) -> None:
+def _check_recipe(run: Path) -> Any:
     """A card shows the shipped recipe, so the run must have used it; the seed is the record's own."""
     import dataclasses
 
@@ -119,8 +130,31 @@ def _check_recipe(run: Path) -> None:
             f"{run} was not made by the recipe {used.name}: {', '.join(differing)} differ. Ship its recipe "
             "under another name, so that the card tells how the weights were made"
         )
-    if used.model_args:
-        raise ValueError(f"{run}: a checkpoint loads without keywords, but its recipe has model_args {used.model_args}")
+    return used
+
+
+def _check_arguments(run: Path, used: Any) -> None:
+    """A checkpoint loads by its name, so its record must carry what its model was made with."""
+    import poolskip_zoo  # noqa: F401  registers the models
+
+    from ..registry.catalogue import registered_models
+    from ..registry.checkpoint import CARRIED
+
+    if used.segments:  # smp's folders keep the keywords
+        return
+    if used.model not in registered_models(test=True):
+        raise ValueError(
+            f"{run} is of {used.model}, a model of timm's, which has no tags but timm's own: its weights make no "
+            f"checkpoint of ours; its numbers get into the card of {used.model}_poolskip with --base"
+        )
+    # Drop rates are of training alone; timm's configurations leave them out as well.
+    needed = [key for key in used.model_args if not key.startswith("drop_") and not key.endswith("_drop_rate")]
+    excess = [key for key in needed if key not in CARRIED]
+    if excess:
+        raise ValueError(
+            f"{run}: a checkpoint's record carries {', '.join(CARRIED)}, but its recipe has model_args "
+            f"{', '.join(excess)} too, without which the weights would load into another model"
+        )
 
 
 def _card(args: argparse.Namespace) -> int:

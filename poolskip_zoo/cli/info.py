@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     rows = [("model", facts["model"]), ("base", facts["base"]["name"])]
     own, base = facts, facts["base"]
+    if facts["model_args"]:
+        rows.append(("built with", json.dumps(facts["model_args"])))
     rows.append(("input", "×".join(map(str, own["input_size"]))))
     rows.append(("parameters", _beside(own["parameters"], base["parameters"], 1e6, "M")))
     rows.append(("MACs", _beside(own["macs"], base["macs"], 1e9, "G")))

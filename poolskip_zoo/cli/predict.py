@@ -1,8 +1,9 @@
-"""`poolskip predict`: classes of image files."""
+"""`poolskip predict`: classes of image files, or of their pixels."""
 
 import argparse
+from typing import Any
 
-HELP = "classify image files with trained weights"
+HELP = "classify or segment image files with trained weights"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,10 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--top", type=int, default=3, help="classes to print per image (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON line per image")
+    parser.add_argument("--output", default=".", help="folder for overlays of segmentation (default: this folder)")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="segmentation: model.safetensors that `poolskip train` wrote"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the most likely classes of each image.
+    """Print the most likely classes of each image; of segmentation those with most pixels, and draw an overlay.
 
     Args:
         args: parsed arguments.
@@ -27,16 +32,22 @@ def run(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        ValueError: if `--top` is not between 1 and the number of classes, or the model has no weights.
-        OSError: if a file is missing or no image.
+        ValueError: if `--top` is not between 1 and the number of classes, the model has no weights, or two overlays
+            would have one name.
+        OSError: if a file is missing or no image, or the overlay cannot be written.
     """
     import json
 
     from ..inference import Classifier, read_image
+    from .validate import recipe_beside, segments
 
+    recipe = recipe_beside(args.name, args.checkpoint)
+    if segments(args.name, recipe):
+        return _segment(args, recipe)
+    if args.checkpoint:
+        raise ValueError(f"--checkpoint {args.checkpoint} is no run of segmentation: it has no recipe of one beside it")
     classifier = Classifier.from_pretrained(args.name)
-    if not 1 <= args.top <= len(classifier.labels):
-        raise ValueError(f"--top {args.top}: expected 1 to {len(classifier.labels)}")
+    _check_top(args.top, classifier.labels)
     images = [read_image(path) for path in args.images]
     for path, ranked in zip(args.images, classifier(images), strict=True):
         best = ranked[: args.top]
@@ -44,4 +55,45 @@ def run(args: argparse.Namespace) -> int:
             print(json.dumps({"image": path, "classes": [{"label": k, "probability": v} for k, v in best]}))
         else:
             print(f"{path}: " + ", ".join(f"{label} {probability:.1%}" for label, probability in best))
+    return 0
+
+
+def _check_top(top: int, labels: list[str]) -> None:
+    if not 1 <= top <= len(labels):
+        raise ValueError(f"--top {top}: expected 1 to {len(labels)}")
+
+
+def _segment(args: argparse.Namespace, recipe: Any) -> int:
+    """Write an overlay for each image, and print the classes with most pixels."""
+    import json
+    from pathlib import Path
+
+    from ..inference import Segmenter, draw_segments, read_image
+    from .validate import segmentation_model
+
+    stems = [Path(path).stem for path in args.images]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two images named {twice} would share an overlay: give them in two calls, with --output")
+    recipe, model = segmentation_model(args.name, recipe, args.checkpoint)
+    segmenter = Segmenter(model, recipe.dataset, recipe.image_size, recipe.window, recipe.overlap)
+    _check_top(args.top, segmenter.labels)
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, stem in zip(args.images, stems, strict=True):
+        image = read_image(path)
+        labels = segmenter([image])[0]
+        shares = labels.flatten().bincount(minlength=len(segmenter.labels)) / labels.numel()
+        best = [
+            (segmenter.labels[place], shares[place].item()) for place in shares.argsort(descending=True)[: args.top]
+        ]
+        overlay = folder / f"{stem}_segmented.png"
+        temporary = overlay.with_name(f".{overlay.name}")
+        draw_segments(image, [labels], segmenter.labels, segmenter.info.palette).save(temporary, "PNG")
+        temporary.replace(overlay)
+        if args.json:
+            classes = [{"label": label, "share": share} for label, share in best]
+            print(json.dumps({"image": path, "classes": classes, "overlay": str(overlay)}))
+        else:
+            print(f"{path}: " + ", ".join(f"{label} {share:.1%}" for label, share in best) + f"; {overlay}")
     return 0

@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpoint-steps", type=int, default=0, metavar="N", help="also save after every N steps")
     parser.add_argument("--limit-steps", type=int, default=0, metavar="N", help="save and stop after N steps")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 or CIFAR-100")
+    parser.add_argument("--limit-minutes", type=float, default=0, metavar="M", help="save and stop after M minutes")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR or Pascal VOC")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
 
 
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """
     import os
 
-    from ..training import load_recipe, train
+    from ..training import describe, load_recipe, train
 
     recipe = load_recipe(args.recipe, args.set)
     try:
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             checkpoint_steps=args.checkpoint_steps,
             limit_steps=args.limit_steps,
+            limit_seconds=60 * args.limit_minutes,
             download=args.download,
             cpu=args.cpu,
         )
@@ -65,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0
     if metrics is None:
-        print(f"stopped after {args.limit_steps} steps; the same command goes on")
+        print("stopped at the limit; the same command goes on")
         return 0
     scores = metrics["val"]
-    measured = f"held-out top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %" if scores else "nothing held out"
+    measured = f"held-out {describe(scores)}" if scores else "nothing held out"
     folder = os.path.join(args.output, f"{recipe.name}-s{recipe.seed}")
     print(f"{recipe.name}: {measured}, {metrics['seconds'] / 60:.1f} min on {metrics['hardware']}; see {folder}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 HELP = "measure a model on the test set that its checkpoint belongs to"
@@ -19,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", help="data set (default: the one that the checkpoint was trained on)")
     parser.add_argument("--checkpoint", metavar="FILE", help="model.safetensors that `poolskip train` wrote")
     parser.add_argument("--batch-size", type=int, default=250, help="images per forward pass (default: %(default)s)")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR-10 or CIFAR-100")
+    parser.add_argument(
+        "--window", type=int, nargs=2, metavar=("H", "W"), help="segment by a sliding window (default: the recipe's)"
+    )
+    parser.add_argument("--overlap", type=float, help="share of a window that the next covers too (default: the same)")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR or Pascal VOC")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -37,8 +42,47 @@ def run(args: argparse.Namespace) -> int:
         FileNotFoundError: If data or checkpoint are missing.
         RuntimeError: If the checkpoint does not fit the model.
     """
-    import dataclasses
     import json
+
+    from ..data import DATASETS
+    from ..training import describe
+
+    scores = _measure(args)
+    if args.json:
+        print(json.dumps(scores))
+    else:
+        print(
+            f"{args.name} on {DATASETS[scores['dataset']].title}, {scores['images']:,} test images: {describe(scores)}"
+        )
+    return 0
+
+
+def measure_run(folder: Path, data_dir: str | None) -> dict[str, Any]:
+    """Measure a finished run on its test set, as the verb does with ``--checkpoint``.
+
+    Args:
+        folder: The run folder.
+        data_dir: Data folder; None takes ``POOLSKIP_DATA_DIR``.
+
+    Returns:
+        What ``--json`` prints.
+
+    Raises:
+        FileNotFoundError: If data or checkpoint are missing.
+        RuntimeError: If the checkpoint does not fit the model.
+    """
+    from ..training import load_recipe
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    recipe = load_recipe(folder / "recipe.yaml")
+    arguments = [recipe.name if recipe.segments else recipe.model, "--checkpoint", str(folder / "model.safetensors")]
+    return _measure(parser.parse_args([*arguments, *(("--data-dir", data_dir) if data_dir else ())]))
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate by the verb's arguments."""
+    import dataclasses
 
     import torch
 
@@ -47,7 +91,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
-    recipe = _recipe(args)
+    recipe = recipe_beside(args.name, args.checkpoint)
+    if segments(args.name, recipe):
+        return _measure_segmentation(args, recipe)
     dataset = args.dataset or (recipe.dataset if recipe else _dataset(args.name))
     if dataset not in DATASETS:
         raise ValueError(f"unknown dataset {dataset!r}: one of {', '.join(DATASETS)}")
@@ -70,32 +116,104 @@ def run(args: argparse.Namespace) -> int:
         channels_last=True,
     )
     scores = evaluate(model.to(device, memory_format=torch.channels_last), loader)
-    if args.json:
-        print(json.dumps({"name": args.name, "dataset": dataset, **dataclasses.asdict(scores)}))
-    else:
-        print(
-            f"{args.name} on {info.title}, {scores.images:,} test images: "
-            f"top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} %, loss {scores.loss:.4f}"
-        )
-    return 0
+    return {"name": args.name, "dataset": dataset, **dataclasses.asdict(scores)}
 
 
-def _recipe(args: argparse.Namespace) -> Any:
-    """Return the recipe in the folder of ``--checkpoint``, or None."""
-    from pathlib import Path
+def _measure_segmentation(args: argparse.Namespace, recipe: Any) -> dict[str, Any]:
+    """Evaluate a segmentation model by the verb's arguments."""
+    import dataclasses
 
+    import torch
+
+    from ..data import DATASETS
+    from ..data.scene_loader import EVAL_BATCH, SceneEvalLoader
+    from ..data.scenes import load_scenes
+    from ..training.task import make_task
+
+    recipe, model = segmentation_model(args.name, recipe, args.checkpoint)
+    if args.dataset not in (None, recipe.dataset):
+        raise ValueError(f"{args.name} segments {recipe.dataset}, not {args.dataset!r}")
+    window = {"window": args.window, "overlap": args.overlap}
+    recipe = dataclasses.replace(recipe, **{key: value for key, value in window.items() if value is not None})
+    info = DATASETS[recipe.dataset]
+    scenes = load_scenes(recipe.dataset, ("test",), args.data_dir, hold_out=0, download=args.download)[0]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = min(args.batch_size, EVAL_BATCH)
+    settings: dict[str, Any] = {"mean": info.mean, "std": info.std, "device": device, "batch_size": size}
+    loader = SceneEvalLoader(scenes, image_size=recipe.image_size, channels_last=True, **settings)
+    scores = make_task(recipe).evaluate(model.to(device, memory_format=torch.channels_last), loader)
+    result = {"name": args.name, "dataset": recipe.dataset, **dataclasses.asdict(scores)}
+    return {**result, "class_iou": dict(zip(info.labels or (), scores.class_iou, strict=True))}
+
+
+def segments(name: str, recipe: Any) -> bool:
+    """Tell whether a model gives every pixel a class.
+
+    Args:
+        name: Model name with or without tag.
+        recipe: The recipe that it was trained by, or None.
+
+    Returns:
+        True for a segmentation recipe or recorded checkpoint.
+    """
+    from ..registry.checkpoint import SegmentationCheckpoint, find
+
+    return recipe.segments if recipe else isinstance(find(name), SegmentationCheckpoint)
+
+
+def segmentation_model(name: str, recipe: Any, checkpoint: str | None) -> tuple[Any, Any]:
+    """Load a segmentation model: a recorded one, or the weights of a run.
+
+    Args:
+        name: Name of the recorded checkpoint.
+        recipe: The recipe beside ``checkpoint``, or None for a recorded one.
+        checkpoint: Weights of a run.
+
+    Returns:
+        The recipe, and the model in evaluation mode on the CPU.
+
+    Raises:
+        RuntimeError: If the weights cannot be had or do not fit.
+    """
+    from ..registry.checkpoint import find
+    from ..registry.resolve import local_weights
+    from ..registry.segmentation import build_recorded, load_weights
+    from ..training import load_recipe
+    from ..training.task import make_task
+
+    if checkpoint:
+        return recipe, load_weights(make_task(recipe).make_model(trained=True), Path(checkpoint)).eval()
+    record: Any = find(name)
+    return load_recipe(record.recipe), load_weights(build_recorded(record), local_weights(record))
+
+
+def recipe_beside(name: str, checkpoint: str | None) -> Any:
+    """Read the recipe in the folder of a run's weights.
+
+    Args:
+        name: Model name with or without tag, which the recipe must be of.
+        checkpoint: The weights, or None.
+
+    Returns:
+        The recipe, or None without a checkpoint or where there is no recipe beside it.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If it is of another model.
+    """
+    if not checkpoint:
+        return None
     from ..training import load_recipe
 
-    if not args.checkpoint:
-        return None
-    path = Path(args.checkpoint)
+    path = Path(checkpoint)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     beside = path.with_name("recipe.yaml")
     recipe = load_recipe(beside) if beside.is_file() else None
-    arch = args.name.partition(".")[0]
-    if recipe is not None and recipe.model.partition(".")[0] != arch:
-        raise ValueError(f"{path} was trained as {recipe.model!r}, not {arch!r} (see {beside})")
+    arch = name.partition(".")[0]
+    trained = recipe and (recipe.name if recipe.segments else recipe.model)
+    if trained and trained.partition(".")[0] != arch:
+        raise ValueError(f"{path} was trained as {trained!r}, not {arch!r} (see {beside})")
     return recipe
 
 
@@ -125,8 +243,12 @@ def _model(args: argparse.Namespace, recipe: Any, num_classes: int) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    model_args = recipe.model_args if recipe else {}
-    model = timm.create_model(args.name.partition(".")[0], num_classes=num_classes, **model_args)
+    from ..registry.catalogue import create_base
+    from ..registry.checkpoint import SUFFIX
+
+    arch, model_args = args.name.partition(".")[0], recipe.model_args if recipe else {}
+    make = timm.create_model if arch.endswith(SUFFIX) else create_base
+    model = make(arch, num_classes=num_classes, **model_args)
     try:
         model.load_state_dict(load_file(args.checkpoint))
     except SafetensorError as error:

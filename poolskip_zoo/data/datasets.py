@@ -1,14 +1,15 @@
-"""Small-image data sets, decoded once and kept in memory as one uint8 tensor."""
+"""What is known of each data set; small-image ones are decoded once and kept in memory as one uint8 tensor."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torchvision.datasets import Cityscapes
 
 from .packs import data_file, read_pack
 
@@ -59,17 +60,72 @@ class DatasetInfo:
     labels: tuple[str, ...] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SegmentationInfo(DatasetInfo):
+    """What is known of a segmentation data set before it is read; `image_size` is the shorter side, 0 if they differ.
+
+    Args:
+        void: Label of the pixels that neither the loss nor a score counts.
+        palette: Red, green and blue, 0 to 255, by label.
+    """
+
+    void: int
+    palette: tuple[tuple[int, int, int], ...]
+
+
 # Statistics of the training images, as commonly used with each set; of the packs: the originals'.
 _CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 _CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CIFAR_TERMS = "no formal licence; research use"
 _TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-DATASETS = {
+# The 11 classes of SegNet's split of CamVid, and its colours.
+_CAMVID = {
+    "Sky": (128, 128, 128),
+    "Building": (128, 0, 0),
+    "Pole": (192, 192, 128),
+    "Road": (128, 64, 128),
+    "Pavement": (60, 40, 222),
+    "Tree": (128, 128, 0),
+    "SignSymbol": (192, 128, 128),
+    "Fence": (64, 64, 128),
+    "Car": (64, 0, 128),
+    "Pedestrian": (64, 64, 0),
+    "Bicyclist": (0, 128, 192),
+}
+_CITYSCAPES = {entry.name: entry.color for entry in Cityscapes.classes if 0 <= entry.train_id < 19}
+_VOC = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+
+
+def _voc_colour(label: int) -> tuple[int, int, int]:
+    """Return the colour of Pascal VOC's own label images: bits 0, 3, … of a label make red's bits from the top down."""
+    red, green, blue = (sum((label >> 3 * i + shift & 1) << 7 - i for i in range(3)) for shift in range(3))
+    return red, green, blue
+
+
+DATASETS: dict[str, DatasetInfo] = {
     "cifar10": DatasetInfo("CIFAR-10", 10, 32, *_CIFAR10, _CIFAR_TERMS, _TEN),
     "cifar100": DatasetInfo("CIFAR-100", 100, 32, *_CIFAR100, _CIFAR_TERMS),
     "cifar10_jpeg": DatasetInfo("CIFAR-10 (JPEG copy)", 10, 32, *_CIFAR10, _CIFAR_TERMS, _TEN),
     "tiny_imagenet_jpeg": DatasetInfo("Tiny ImageNet", 200, 64, *_IMAGENET, "ImageNet terms; research use"),
+    "camvid": SegmentationInfo(
+        *("CamVid (SegNet's split)", 11, 360, *_IMAGENET, "research use", tuple(_CAMVID)),
+        void=11,
+        palette=tuple(_CAMVID.values()),
+    ),
+    "cityscapes": SegmentationInfo(
+        *("Cityscapes", 19, 1024, *_IMAGENET, "Cityscapes terms; non-commercial use", tuple(_CITYSCAPES)),
+        void=255,
+        palette=tuple(_CITYSCAPES.values()),
+    ),
+    "voc2012": SegmentationInfo(
+        *("Pascal VOC 2012", 21, 0, *_IMAGENET, "flickr terms; research use", _VOC),
+        void=255,
+        palette=tuple(map(_voc_colour, range(21))),
+    ),
 }
 
 
@@ -142,11 +198,7 @@ def load_splits(
         FileNotFoundError: If the folder or a file is missing.
         RuntimeError: If a file is damaged.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown dataset {name!r}: one of {', '.join(DATASETS)}")
-    for split in splits:
-        if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
+    check_splits(name, splits, _READERS)
     if download and name.endswith("_jpeg"):
         raise ValueError(f"{name} cannot be downloaded: put its packs into the data folder")
     if "val" in splits and hold_out < 1:
@@ -154,6 +206,24 @@ def load_splits(
     folder = data_folder(data_dir)
     parts = {test: _READERS[name](folder, test, download) for test in {split == "test" for split in splits}}
     return [_choose(split, hold_out, *parts[split == "test"]) for split in splits]
+
+
+def check_splits(name: str, splits: Sequence[str], names: Iterable[str]) -> None:
+    """Refuse unknown data sets and splits.
+
+    Args:
+        name: A data set.
+        splits: Names of splits.
+        names: The data sets that there are.
+
+    Raises:
+        ValueError: If the name or a split is unknown.
+    """
+    if name not in names:
+        raise ValueError(f"unknown dataset {name!r}: one of {', '.join(names)}")
+    for split in splits:
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
 
 
 def _choose(split: str, hold_out: int, images: np.ndarray, labels: np.ndarray, classes: list[str]) -> Split:

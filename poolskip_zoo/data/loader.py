@@ -36,17 +36,67 @@ class _Images:
         self.scale = 1 / (255 * torch.tensor(std, device=device).view(1, 3, 1, 1))
         self.shift = -torch.tensor(mean, device=device).view(1, 3, 1, 1) * 255 * self.scale
 
-    def to_batch(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalise (B, H, W, 3) uint8 to (B, 3, S, S) float32."""
+    def to_batch(self, pixels: torch.Tensor, size: int = 0) -> torch.Tensor:
+        """Normalise (B, H, W, 3) uint8 to (B, 3, S, S) float32; S is `image_size` where no size is given."""
+        size = size or self.image_size
         batch = pixels.permute(0, 3, 1, 2)  # a channels_last view: no copy
         batch = torch.addcmul(self.shift, batch.float(), self.scale)
-        if batch.shape[2:] != (self.image_size, self.image_size):
-            batch = F.interpolate(batch, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+        if batch.shape[2:] != (size, size):
+            batch = F.interpolate(batch, (size, size), mode="bilinear", antialias=True)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return batch.contiguous(memory_format=layout)
 
 
-class TrainLoader(_Images):
+class ShuffledBatches:
+    """Which images make up a training batch of one process.
+
+    Args:
+        count: Number of training images.
+        batch_size: Images per optimizer step over all processes and accumulation steps.
+        seed: Seed of the run, >= 0.
+        rank: Number of this process.
+        world: Number of processes.
+        accumulation: Forward passes per optimizer step and process.
+
+    Raises:
+        ValueError: If the batch is not divisible, or larger than ``count``.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int, world: int, accumulation: int) -> None:
+        if batch_size % (world * accumulation):
+            raise ValueError(
+                f"batch_size={batch_size} is not divisible by {world} process(es) x accumulation={accumulation}"
+            )
+        if batch_size > count:
+            raise ValueError(f"batch_size={batch_size} is larger than the {count} training images")
+        self.count, self.batch_size, self.seed, self.rank, self.world = count, batch_size, seed, rank, world
+        self.accumulation, self.micro_size = accumulation, batch_size // (world * accumulation)
+        self.steps = count // batch_size  # what is left over waits for another epoch's order
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def index(self, epoch: int, step: int, micro: int = 0) -> np.ndarray:
+        """Choose the images of one batch.
+
+        Args:
+            epoch: Epoch, from 0.
+            step: Optimizer step within the epoch, 0 to ``steps - 1``.
+            micro: Accumulation step, from 0.
+
+        Returns:
+            (B,) int64, B = batch_size / (world * accumulation).
+        """
+        start = step * self.batch_size + (micro * self.world + self.rank) * self.micro_size
+        return self._epoch_order(epoch)[start : start + self.micro_size]
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """Shuffle by sorting random bits: the order depends on seed and epoch alone, not on a generator's version."""
+        if self._order[0] != epoch:
+            bits = random_bits(self.seed, epoch, np.arange(self.count), _ORDER_STREAM)
+            self._order = (epoch, np.argsort(bits, kind="stable"))
+        return self._order[1]
+
+
+class TrainLoader(_Images, ShuffledBatches):
     """Shuffled, augmented training batches of one process.
 
     Args:
@@ -61,6 +111,7 @@ class TrainLoader(_Images):
         rank: Number of this process.
         world: Number of processes.
         accumulation: Forward passes per optimizer step and process.
+        sizes: Pairs of an epoch, rising from 0, and the height and width from then on, in place of ``image_size``.
 
     Raises:
         ValueError: If the batch is not divisible, or larger than the split.
@@ -80,18 +131,11 @@ class TrainLoader(_Images):
         rank: int = 0,
         world: int = 1,
         accumulation: int = 1,
+        sizes: Sequence[Sequence[int]] = (),
     ) -> None:
-        super().__init__(split, mean, std, image_size, device, channels_last)
-        if batch_size % (world * accumulation):
-            raise ValueError(
-                f"batch_size={batch_size} is not divisible by {world} process(es) x accumulation={accumulation}"
-            )
-        if batch_size > len(split):
-            raise ValueError(f"batch_size={batch_size} is larger than the {len(split)} training images")
-        self.batch_size, self.augment = batch_size, augment
-        self.rank, self.world, self.micro_size = rank, world, batch_size // (world * accumulation)
-        self.steps = len(split) // batch_size  # what is left over waits for another epoch's order
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        _Images.__init__(self, split, mean, std, image_size, device, channels_last)
+        ShuffledBatches.__init__(self, len(split), batch_size, augment.seed, rank, world, accumulation)
+        self.augment, self.sizes = augment, sizes
 
     def batch(self, epoch: int, step: int, micro: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Make one batch.
@@ -104,19 +148,11 @@ class TrainLoader(_Images):
         Returns:
             Images (B, 3, S, S) float32 and labels (B,) int64, B = batch_size / (world * accumulation).
         """
-        start = step * self.batch_size + (micro * self.world + self.rank) * self.micro_size
-        index = self._epoch_order(epoch)[start : start + self.micro_size]
+        index = self.index(epoch, step, micro)
         chosen = torch.from_numpy(index).to(self.images.device)
         pixels = self.augment.pixels(self.images[chosen], index, epoch)
-        return self.augment.erase(self.to_batch(pixels), index, epoch), self.labels[chosen]
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        """Shuffle by sorting random bits: the order depends on seed and epoch alone, not on a generator's version."""
-        if self._order[0] != epoch:
-            index = np.arange(len(self.labels))
-            bits = random_bits(self.augment.seed, epoch, index, _ORDER_STREAM)
-            self._order = (epoch, np.argsort(bits, kind="stable"))
-        return self._order[1]
+        size = next((size for start, size in reversed(self.sizes) if start <= epoch), 0)
+        return self.augment.erase(self.to_batch(pixels, size), index, epoch), self.labels[chosen]
 
 
 class EvalLoader(_Images):

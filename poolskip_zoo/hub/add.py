@@ -9,7 +9,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..registry.checkpoint import Checkpoint
+from ..registry.catalogue import base_name
+from ..registry.checkpoint import CARRIED, Checkpoint, SegmentationCheckpoint
 from ..registry.resolve import sha256_of
 from .card import write_card
 from .verify import WEIGHTS, verify_folder
@@ -17,13 +18,14 @@ from .verify import WEIGHTS, verify_folder
 __all__ = ["add_run", "record_source"]
 
 
-def add_run(run: Path, scores: dict[str, Any], cards: Path) -> Checkpoint:
+def add_run(run: Path, scores: dict[str, Any], cards: Path, base: Path | None = None) -> Checkpoint:
     """Make a checkpoint's folder from a finished run.
 
     Args:
         run: folder of `poolskip train`, with `model.safetensors` and `metrics.json`.
         scores: what `poolskip validate --json` printed for these weights.
         cards: folder of checkpoints, `hub_cards/` of a checkout.
+        base: finished run of the base by the same recipe, with its `scores.json`, where its weights are not published.
 
     Returns:
         The record, to be put into the family's file in `registry/`.
@@ -38,7 +40,10 @@ def add_run(run: Path, scores: dict[str, Any], cards: Path) -> Checkpoint:
             raise ValueError(f"{run} is no finished run: it has no {path.name}")
     metrics = json.loads(metrics_file.read_text(encoding="utf-8"))
     name = metrics["name"]
-    if scores.get("name") not in (name, metrics["model"]) or scores.get("dataset") != metrics["dataset"]:
+    if (
+        scores.get("name") not in (name, name.partition(".")[0], metrics["model"])
+        or scores.get("dataset") != metrics["dataset"]
+    ):
         raise ValueError(
             f"{run} is {name} on {metrics['dataset']}, "
             f"the scores are of {scores.get('name')} on {scores.get('dataset')}"
@@ -48,25 +53,58 @@ def add_run(run: Path, scores: dict[str, Any], cards: Path) -> Checkpoint:
     folder = cards / name
     if (folder / WEIGHTS).is_file() and sha256_of(folder / WEIGHTS) != sha256:
         raise ValueError(f"{folder} has other weights; weights are never replaced: give the new ones another tag")
-    record = Checkpoint(
-        name=name,
-        dataset=metrics["dataset"],
-        sha256=sha256,
-        # Rounding takes away 92.34000000000001, and nothing else: a share of up to 50,000 images has 4 places or fewer.
-        metrics={key: round(scores[key], 4) for key in ("top1", "top5")},
-        recipe=name,
-        seed=metrics["seed"],
-        hardware=metrics["hardware"],
-        hours=round(metrics["seconds"] / 3600, 3),
-        images_per_second=metrics["images_per_second"],
-        torch=metrics["versions"]["torch"],
-    )
+    record = _record(metrics, scores, sha256, _base_scores(name, base))
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(weights, folder / f".{WEIGHTS}")
     (folder / f".{WEIGHTS}").replace(folder / WEIGHTS)
     write_card(record, folder)
     verify_folder(record, folder)
     return record
+
+
+def _base_scores(name: str, base: Path | None) -> dict[str, float]:
+    """What a run of the base tells."""
+    if base is None:
+        return {}
+    metrics, scores = (
+        json.loads((base / file).read_text(encoding="utf-8")) if (base / file).is_file() else {}
+        for file in ("metrics.json", "scores.json")
+    )
+    arch, _, tag = name.partition(".")
+    expected = f"{base_name(arch)}.{tag}"
+    if metrics.get("name") != expected or expected == name or not scores:
+        raise ValueError(f"{base} is no finished run of {expected}, measured by `poolskip train-many --test`")
+    hours = round(metrics["seconds"] / 3600, 3)
+    return {**_rounded(scores), "hours": hours, "images_per_second": metrics["images_per_second"]}
+
+
+def _rounded(scores: dict[str, Any]) -> dict[str, float]:
+    # Rounding takes away 92.34000000000001, and nothing else: a share of up to 50,000 images has 4 places or fewer.
+    names = ("miou", "pixel_accuracy") if "miou" in scores else ("top1", "top5")
+    return {key: round(scores[key], 4) for key in names}
+
+
+def _record(metrics: dict[str, Any], scores: dict[str, Any], sha256: str, base_scores: dict[str, float]) -> Checkpoint:
+    """Make the record of a run."""
+    values: dict[str, Any] = {
+        "name": metrics["name"],
+        "dataset": metrics["dataset"],
+        "sha256": sha256,
+        "metrics": _rounded(scores),
+        "base_scores": base_scores,
+        "recipe": metrics["name"],
+        "seed": metrics["seed"],
+        "hardware": metrics["hardware"],
+        "hours": round(metrics["seconds"] / 3600, 3),
+        "images_per_second": metrics["images_per_second"],
+        "torch": metrics["versions"]["torch"],
+    }
+    if "miou" not in scores:
+        carried = {key: value for key, value in metrics.get("model_args", {}).items() if key in CARRIED}
+        return Checkpoint(**values, model_args=carried)
+    iou = tuple(value if value is None else round(value, 2) for value in scores["class_iou"].values())
+    own = {key: metrics[key] for key in ("model", "model_args", "image_size")}
+    return SegmentationCheckpoint(**values, **own, class_iou=iou)
 
 
 def record_source(record: Checkpoint) -> str:
@@ -78,12 +116,15 @@ def record_source(record: Checkpoint) -> str:
     Returns:
         Python, as the formatter leaves it, for the `CHECKPOINTS` of a family's file.
     """
-    metrics = ", ".join(f'"{key}": {value!r}' for key, value in record.metrics.items())
+    metrics, base_scores = (
+        "{" + ", ".join(f'"{key}": {value!r}' for key, value in scores.items()) + "}"
+        for scores in (record.metrics, record.base_scores)
+    )
     values = {
         "name": _quoted(record.name),
         "dataset": _quoted(record.dataset),
         "sha256": _quoted(record.sha256),
-        "metrics": f"{{{metrics}}}",
+        "metrics": metrics,
         "recipe": _quoted(record.recipe),
         "seed": str(record.seed),
         "hardware": _quoted(record.hardware),
@@ -91,8 +132,14 @@ def record_source(record: Checkpoint) -> str:
         "images_per_second": repr(record.images_per_second),
         "torch": _quoted(record.torch) if record.torch else None,
     }
+    arguments = ", ".join(f"{_quoted(key)}: {value!r}".replace("'", '"') for key, value in record.model_args.items())
+    values["base_scores"] = base_scores if record.base_scores else None
+    values["model_args"] = f"{{{arguments}}}" if record.model_args else None
+    if isinstance(record, SegmentationCheckpoint):
+        values |= {"model": _quoted(record.model), "model_args": f"{{{arguments}}}"}
+        values |= {"image_size": repr(record.image_size), "class_iou": repr(record.class_iou)}
     lines = "".join(f"        {key}={value},\n" for key, value in values.items() if value is not None)
-    return f"    Checkpoint(\n{lines}    ),"
+    return f"    {type(record).__name__}(\n{lines}    ),"
 
 
 def _quoted(text: str) -> str:

@@ -16,8 +16,10 @@ from torch import nn
 from ..data import DATASETS
 from ..diagnostics.cost import count_macs, count_parameters
 from ..layers import pool_skip_modules
-from ..registry.catalogue import base_name
-from ..registry.checkpoint import SUFFIX, Checkpoint, find
+from ..registry.catalogue import base_name, create_base
+from ..registry.checkpoint import SUFFIX, Checkpoint, SegmentationCheckpoint, find
+from ..registry.segmentation import build_recorded, smp_config
+from . import segmentation
 from .verify import WEIGHTS, checkpoint_cfg, checksums, golden
 
 __all__ = ["card_text", "check_front_matter", "config", "write_card"]
@@ -28,13 +30,20 @@ _HUB_DATASETS = {
     "cifar10_jpeg": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",
     "tiny_imagenet_jpeg": "zh-plus/tiny-imagenet",
+    # The Hub has no home of these; it takes a plain name.
+    **{name: name for name in ("camvid", "cityscapes", "voc2012")},
 }
-# Our metrics: the Hub's type and a name for people.
-_METRICS = {"top1": ("accuracy", "Top-1 accuracy, %"), "top5": ("accuracy", "Top-5 accuracy, %")}
+# Our metrics: the Hub's type, a name for people, and one for a column.
+_METRICS = {
+    "top1": ("accuracy", "Top-1 accuracy, %", "top-1, %"),
+    "top5": ("accuracy", "Top-5 accuracy, %", "top-5, %"),
+    "miou": ("mean_iou", "Mean IoU, %", "mIoU, %"),
+    "pixel_accuracy": ("accuracy", "Pixel accuracy, %", "pixel accuracy, %"),
+}
 # What our cards may say where the Hub takes only values that it knows; nothing offline checks them otherwise.
 _ALLOWED = {
     "license": {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0"},
-    "library_name": {"timm"},
+    "library_name": {"timm", "segmentation-models-pytorch"},
     "pipeline_tag": {"image-classification", "image-segmentation"},
 }
 _CITATION = """\
@@ -45,13 +54,7 @@ _CITATION = """\
   year      = {2025},
   note      = {arXiv:2409.13154}
 }"""
-_BODY = """\
-# {name}
-
-{what}
-
-## Use
-
+_USE = """\
 ```python
 import poolskip_zoo  # registers the model with timm; without it timm says "Unknown model"
 import timm
@@ -68,7 +71,15 @@ logits = model(torch.rand(1, {shape}))  # (1, {classes})
 ```python
 program = torch.onnx.export(model, (torch.rand(2, {shape}),), dynamic_shapes=({{0: "batch"}},), dynamo=True)
 program.save("{name}.onnx")
-```
+```"""
+_BODY = """\
+# {name}
+
+{what}
+
+## Use
+
+{use}
 
 ## Results
 
@@ -93,7 +104,7 @@ The base model and the variant are trained by the same recipe.
 
 ## Files
 
-`model.safetensors` (the weights), `config.json` (for timm), `golden.safetensors` (an input and its output) and
+`model.safetensors` (the weights), `config.json` (for {library}), `golden.safetensors` (an input and its output) and
 `SHA256SUMS`. `poolskip hub verify {name}` checks them all.
 
 ## Citation
@@ -117,14 +128,12 @@ def card_text(record: Checkpoint) -> str:
         ValueError: if the record names no recipe of this package, or a value that the Hub does not know.
     """
     model, data = _on_meta(record), DATASETS[record.dataset]
-    shape = checkpoint_cfg(record).input_size
     text = _BODY.format(
         name=record.name,
-        repo=record.hub_id.partition("@")[0],
         what=_what(record),
-        shape=", ".join(map(str, shape)),
-        size="×".join(map(str, shape[1:])),
-        classes=data.num_classes,
+        use=_use(record),
+        library="smp" if isinstance(record, SegmentationCheckpoint) else "timm",
+        size="×".join(map(str, _input_size(record)[1:])),
         results=_results(record),
         data=data.title,
         terms=data.licence,
@@ -146,7 +155,7 @@ def card_text(record: Checkpoint) -> str:
 
 
 def config(record: Checkpoint) -> dict[str, Any]:
-    """timm's config.json of a checkpoint, with its own licence and tag.
+    """config.json of a checkpoint: timm's, with the checkpoint's own licence and tag, or smp's.
 
     Args:
         record: the checkpoint.
@@ -154,6 +163,8 @@ def config(record: Checkpoint) -> dict[str, Any]:
     Returns:
         Plain data.
     """
+    if isinstance(record, SegmentationCheckpoint):
+        return smp_config(_on_meta(record))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         save_config_for_hf(_on_meta(record), str(path), {"label_names": DATASETS[record.dataset].labels})
@@ -208,10 +219,13 @@ def check_front_matter(card: str) -> None:
 
 def _front_matter(record: Checkpoint) -> dict[str, Any]:
     data = DATASETS[record.dataset]
+    task, title, library = "image-classification", "Image classification", "timm"
+    if isinstance(record, SegmentationCheckpoint):
+        task, title, library = "image-segmentation", "Semantic segmentation", "segmentation-models-pytorch"
     results = [
         EvalResult(
-            task_type="image-classification",
-            task_name="Image classification",
+            task_type=task,
+            task_name=title,
             dataset_type=_HUB_DATASETS[record.dataset],
             dataset_name=data.title,
             dataset_split="test",
@@ -224,9 +238,9 @@ def _front_matter(record: Checkpoint) -> dict[str, Any]:
     # No base_model: on the Hub it means a model that this one was made from, and none was.
     card = ModelCardData(
         license=record.licence,
-        library_name="timm",
-        pipeline_tag="image-classification",
-        tags=["image-classification", "timm", *(["pool-skip"] if record.arch.endswith(SUFFIX) else [])],
+        library_name=library,
+        pipeline_tag=task,
+        tags=[task, library, *(["pool-skip"] if record.arch.endswith(SUFFIX) else [])],
         datasets=[_HUB_DATASETS[record.dataset]],
         model_name=record.name,
         eval_results=results,
@@ -237,7 +251,21 @@ def _front_matter(record: Checkpoint) -> dict[str, Any]:
 
 
 def _on_meta(record: Checkpoint) -> nn.Module:
-    return create_model(record.arch, pretrained_cfg=checkpoint_cfg(record), device="meta")
+    if isinstance(record, SegmentationCheckpoint):
+        return build_recorded(record, "meta")
+    # The keywords are named, for a record that is about to be added is not registered yet; config.json has them then.
+    return create_model(record.arch, pretrained_cfg=checkpoint_cfg(record), device="meta", **record.model_args)
+
+
+def _input_size(record: Checkpoint) -> tuple[int, ...]:
+    return segmentation.COST_SIZE if isinstance(record, SegmentationCheckpoint) else checkpoint_cfg(record).input_size
+
+
+def _use(record: Checkpoint) -> str:
+    if isinstance(record, SegmentationCheckpoint):
+        return segmentation.use(record)
+    shape, repo = ", ".join(map(str, _input_size(record))), record.hub_id.partition("@")[0]
+    return _USE.format(name=record.name, repo=repo, shape=shape, classes=DATASETS[record.dataset].num_classes)
 
 
 def _twin(record: Checkpoint) -> tuple[str, Checkpoint | None]:
@@ -249,6 +277,15 @@ def _twin(record: Checkpoint) -> tuple[str, Checkpoint | None]:
 
 def _what(record: Checkpoint) -> str:
     data = DATASETS[record.dataset].title
+    if isinstance(record, SegmentationCheckpoint):
+        about = "Pool Skip adds to a convolution's output a 3×3 convolution of its window maxima. This is an "
+        about += "independent implementation, not the authors' weights."
+        kind = (
+            f"with [Pool Skip](https://arxiv.org/abs/2409.13154). {about}"
+            if record.arch.endswith(SUFFIX)
+            else f"without Pool Skip, beside which `{_twin(record)[0]}.{record.tag}` is measured."
+        )
+        return _wrapped(f"Semantic segmentation, trained on {data}, {kind} {segmentation.what(record)}")
     if not record.arch.endswith(SUFFIX):
         return _wrapped(
             f"`{record.arch}` of poolskip-zoo, trained from scratch on {data}: the base model, without Pool Skip, "
@@ -262,27 +299,37 @@ def _what(record: Checkpoint) -> str:
 
 
 def _results(record: Checkpoint) -> str:
-    """A table of the checkpoint and its twin, the base first."""
+    """A table of the checkpoint and its twin, the base first; of segmentation also of its classes."""
     arch, twin = _twin(record)
-    cfg = checkpoint_cfg(record)
-    lines = [
-        "| model | top-1, % | top-5, % | parameters, M | GMACs | hours | images/s |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = ["model", *(_METRICS[key][2] for key in record.metrics), "parameters, M", "GMACs", "hours", "images/s"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     rows = []
     for name, one in ((record.arch, record), (arch, twin)):
-        model = create_model(name, device="meta", num_classes=cfg.num_classes)
-        known = (one.metrics if one else {}, one and one.hours, one and one.images_per_second)
+        model = _model_of_row(record, name, one)
+        known: dict[str, Any] = {} if name.endswith(SUFFIX) else record.base_scores
+        if one:
+            known = {**one.metrics, "hours": one.hours, "images_per_second": one.images_per_second}
         cells = (
-            f"`{name}.{record.tag}`" if one else f"`{name}`, not trained",
-            *(f"{known[0][key]:.2f}" if key in known[0] else "–" for key in _METRICS),
-            f"{count_parameters(model) / 1e6:.2f}",
-            f"{count_macs(model, cfg.input_size) / 1e9:.3g}",
-            "–" if known[1] is None else f"{known[1]:.2f}",
-            "–" if known[2] is None else f"{known[2]:.0f}",
+            f"`{name}.{record.tag}`" if one else f"`{name}`, {'weights not published' if known else 'not trained'}",
+            *(f"{known[key]:.2f}" if key in known else "–" for key in record.metrics),
+            "–" if model is None else f"{count_parameters(model) / 1e6:.2f}",
+            "–" if model is None else f"{count_macs(model, _input_size(record)) / 1e9:.3g}",
+            "–" if known.get("hours") is None else f"{known['hours']:.2f}",
+            "–" if known.get("images_per_second") is None else f"{known['images_per_second']:.0f}",
         )
         rows.append((name, "| " + " | ".join(cells) + " |"))
-    return "\n".join([*lines, *(row for _, row in sorted(rows, key=lambda each: each[0].endswith(SUFFIX)))])
+    table = "\n".join([*lines, *(row for _, row in sorted(rows, key=lambda each: each[0].endswith(SUFFIX)))])
+    return f"{table}\n\n{segmentation.class_table(record)}" if isinstance(record, SegmentationCheckpoint) else table
+
+
+def _model_of_row(record: Checkpoint, name: str, one: Checkpoint | None) -> nn.Module | None:
+    """A model on the meta device; None of a segmentation model that only its record could make."""
+    if one is not None:
+        return _on_meta(one)
+    if isinstance(record, SegmentationCheckpoint):
+        return None
+    make = create_model if name.endswith(SUFFIX) else create_base
+    return make(name, device="meta", num_classes=checkpoint_cfg(record).num_classes, **record.model_args)
 
 
 def _speed(record: Checkpoint) -> str:
@@ -312,8 +359,19 @@ def _limits(record: Checkpoint, model: nn.Module) -> str:
             for (window, groups), names in places.items()
         )
         points.append(f"The numbers speak for this placement of Pool Skip, not for the paper: {where}.")
-    size = "×".join(map(str, checkpoint_cfg(record).input_size[1:]))
-    points.append(f"Trained on {size} images of {DATASETS[record.dataset].num_classes} classes; it knows no others.")
+    if isinstance(record, SegmentationCheckpoint):
+        points.append(segmentation.limit(record))
+    else:
+        if record.model_args:
+            given = ", ".join(f"`{key}={value!r}`" for key, value in record.model_args.items())
+            points.append(
+                f"It is built with {given}, which `create_model` applies where this tag is loaded; other tags of "
+                f"`{record.arch}` are built without."
+            )
+        size = "×".join(map(str, checkpoint_cfg(record).input_size[1:]))
+        points.append(
+            f"Trained on {size} images of {DATASETS[record.dataset].num_classes} classes; it knows no others."
+        )
     if record.dataset.endswith("_jpeg"):
         points.append("Its data are a JPEG copy: results on the original images may differ a little.")
     return "\n".join(_wrapped(f"- {point}", "  ") for point in points)

@@ -7,8 +7,8 @@ from timm.models import create_model, get_arch_pretrained_cfgs
 
 from ..diagnostics.cost import count_macs, count_parameters, measure_latency
 from ..layers import pool_skip_modules
-from ..registry.catalogue import base_name, registered_models, warm_starts
-from ..registry.checkpoint import checkpoints
+from ..registry.catalogue import base_name, create_base, registered_models, warm_starts
+from ..registry.checkpoint import checkpoints, find
 
 __all__ = ["describe"]
 
@@ -16,13 +16,15 @@ __all__ = ["describe"]
 def describe(name: str, latency: bool = False) -> dict[str, Any]:
     """Size, cost, placement and weights of a registered model, with its base's size and cost.
 
+    Both are built with the keywords that the tag's record carries; a name without tag stands for its first tag.
+
     Args:
         name: registered name, with or without a tag.
         latency: whether to measure the latency of both on this CPU.
 
     Returns:
-        Plain data: `model`, `input_size`, `num_classes`, `parameters`, `macs`, `latency_ms` if measured, `places`,
-        `checkpoints`, `warm_starts`, and `base` with the base's `name` and the same numbers.
+        Plain data: `model`, `model_args`, `input_size`, `num_classes`, `parameters`, `macs`, `latency_ms` if measured,
+        `places`, `checkpoints`, `warm_starts`, and `base` with the base's `name` and the same numbers.
 
     Raises:
         ValueError: if no model of this package has the name; the message lists similar ones.
@@ -34,13 +36,20 @@ def describe(name: str, latency: bool = False) -> dict[str, Any]:
         hint = f"similar: {', '.join(close)}" if close else "`poolskip list` prints all"
         raise ValueError(f"no model {name!r} in this package; {hint}")
     cfg = cfgs[name] if tag else next(iter(cfgs.values()))
-    models = [create_model(each, num_classes=cfg.num_classes, device="meta") for each in (arch, base_name(arch))]
+    record = find(name)
+    model_args = record.model_args if record else {}
+
+    def build(**device: str) -> list[Any]:
+        settings = {"num_classes": cfg.num_classes, **model_args, **device}
+        return [make(arch, **settings) for make in (create_model, create_base)]
+
+    models = build(device="meta")
     facts: list[dict[str, Any]] = [
         {"name": each, "parameters": count_parameters(model), "macs": count_macs(model, cfg.input_size)}
         for each, model in zip((arch, base_name(arch)), models, strict=True)
     ]
     if latency:
-        on_cpu = [create_model(fact["name"], num_classes=cfg.num_classes) for fact in facts]
+        on_cpu = build()
         for fact, milliseconds in zip(facts, measure_latency(on_cpu, cfg.input_size), strict=True):
             fact["latency_ms"] = milliseconds
     own, base = facts
@@ -50,6 +59,7 @@ def describe(name: str, latency: bool = False) -> dict[str, Any]:
     ]
     return {
         "model": name,
+        "model_args": model_args,
         "input_size": list(cfg.input_size),
         "num_classes": cfg.num_classes,
         **{key: value for key, value in own.items() if key != "name"},

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save
 from timm.models import PretrainedCfg, create_model, get_arch_pretrained_cfgs
 from torch import nn
 
-from ..registry.checkpoint import Checkpoint
+from ..registry.checkpoint import Checkpoint, SegmentationCheckpoint
 from ..registry.resolve import local_folder, local_weights, sha256_of
+from ..registry.segmentation import build_recorded, load_weights
+from .segmentation import GOLDEN_SIZE
 
 __all__ = [
     "FILES",
@@ -70,12 +72,15 @@ def load_checkpoint(record: Checkpoint, weights: Path) -> nn.Module:
     Raises:
         RuntimeError: if the file cannot be read or does not fit.
     """
+    if isinstance(record, SegmentationCheckpoint):
+        return load_weights(build_recorded(record), weights)
     try:
         model = create_model(
             record.arch,
             pretrained=True,
             pretrained_cfg=checkpoint_cfg(record),
             pretrained_cfg_overlay={"file": str(weights)},
+            **record.model_args,
         )
     except SafetensorError as error:
         raise RuntimeError(f"{weights} is no readable safetensors file: {error}") from error
@@ -92,7 +97,7 @@ def golden(record: Checkpoint, weights: Path) -> bytes:
     Returns:
         A safetensors file: `input` (2, C, H, W), float16, as after preprocessing; `output`, the float32 logits.
     """
-    size = checkpoint_cfg(record).input_size
+    size = GOLDEN_SIZE if isinstance(record, SegmentationCheckpoint) else checkpoint_cfg(record).input_size
     x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).half()
     return save({"input": x, "output": _outputs(record, weights, x)}, {"format": "pt"})
 

@@ -2,16 +2,24 @@
 
 Three forms compute the same map (the largest value of each window at its place, zero elsewhere):
 
-* *stock*: `max_pool(return_indices)` and `max_unpool`. Eager mode and `torch.compile`; the oracle of the tests.
+* *stock*: `max_pool(return_indices)` and `max_unpool`. Eager mode (`stock.py`; with a leaner backward in `lean.py`) and
+  `torch.compile`; the oracle of the tests.
 * *keys*: a floating-point mask without an index tensor. Tracing, scripting and export, where the stock pair raises,
   freezes sizes or becomes a slow graph.
 * *index*: a mask set at the pooled indices. Deterministic mode, where the stock unpooling raises, and windows too
   large for exact keys.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import kernels
+from .lean import trains_by_autograd, window_maxima_for_training
+from .stock import is_transformed, pool_with_indices, unpool
 
 __all__ = ["max_pool_unpool1d", "max_pool_unpool2d", "max_pool_unpool3d"]
 
@@ -128,16 +136,16 @@ def window_maxima(x: Tensor, window: list[int]) -> Tensor:
     single = x.dim() == dims + 1
     if single:
         x = x.unsqueeze(0)
-    # Two branches: a scripted `or` would compile is_graph_capture, which has no script form.
+    # Two branches: a scripted `or` would compile _captures_keys, which has no script form.
     if torch.jit.is_scripting():  # noqa: SIM114
         u = keys_maxima(x, window)
-    elif is_graph_capture():
+    elif _captures_keys():
         u = keys_maxima(x, window)
     elif torch.are_deterministic_algorithms_enabled():
         # clone and masked_fill_ keep the memory format; masked_fill returns a contiguous tensor.
         u = x.clone().masked_fill_(~pool_with_mask(x.detach(), window, True)[1], 0.0)
     else:
-        u = _stock_maxima(x, window)
+        u = _eager_maxima(x, window)
     return u.squeeze(0) if single else u
 
 
@@ -170,22 +178,46 @@ def is_graph_capture() -> bool:
     return torch.jit.is_tracing() or exporting()
 
 
-def _stock_maxima(x: Tensor, window: list[int]) -> Tensor:
+_stock_captures = 0
+
+
+@contextmanager
+def capture_stock() -> Iterator[None]:
+    """While it is open, traces and exports hold window maxima as torch's own pair of pooling and unpooling.
+
+    For whoever rewrites that pair in the captured graph.
+    """
+    global _stock_captures
+    _stock_captures += 1
+    try:
+        yield
+    finally:
+        _stock_captures -= 1
+
+
+@torch.jit.unused
+def _captures_keys() -> bool:
+    return is_graph_capture() and not _stock_captures
+
+
+@torch.jit.unused
+def runs_eagerly() -> bool:
+    """Whether window maxima take the stock form now: neither captured nor in deterministic mode.
+
+    Returns:
+        True where `lean.py` may stand in for autograd's own records.
+    """
+    return not is_graph_capture() and not torch.are_deterministic_algorithms_enabled()
+
+
+def _eager_maxima(x: Tensor, window: list[int]) -> Tensor:
+    if trains_by_autograd(x):
+        return window_maxima_for_training(x, window)
+    if not is_transformed() and kernels.applies(x, window):
+        return kernels.load().maxima(x, window)
     # Indexing, not unpacking: torch.fx proxies cannot be unpacked.
-    dims = len(window)
-    size = x.shape[2:]
-    if dims == 1:
-        pooled = F.max_pool1d(x, window, window, ceil_mode=True, return_indices=True)
-        return F.max_unpool1d(pooled[0], pooled[1], window, window, output_size=size)
-    if dims == 2:
-        pooled = F.max_pool2d(x, window, window, ceil_mode=True, return_indices=True)
-        return F.max_unpool2d(pooled[0], pooled[1], window, window, output_size=size)
-    pooled = F.max_pool3d(x, window, window, ceil_mode=True, return_indices=True)
-    u = F.max_unpool3d(pooled[0], pooled[1], window, window, output_size=size)
-    # max_unpool3d always returns a contiguous tensor. By strides and axes: vmap knows no channels_last_3d.
-    if x.stride(1) == 1 and not x.is_contiguous():
-        u = u.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
-    return u
+    pooled = pool_with_indices(x, window)
+    return unpool(pooled[0], pooled[1], window, x.shape[2:])
 
 
 def keys_maxima(x: Tensor, window: list[int]) -> Tensor:

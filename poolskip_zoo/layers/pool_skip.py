@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from .functional import to_window, window_maxima
+from .functional import runs_eagerly, to_window, window_maxima
+from .lean import conv_of_window_maxima, convolves_plainly, trains_by_autograd
 
 __all__ = ["PoolSkip1d", "PoolSkip2d", "PoolSkip3d"]
 
@@ -51,7 +52,21 @@ class PoolSkip(nn.Module):
             self.conv.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what is inside
+            if self._is_lean(x):
+                return x + conv_of_window_maxima(x, self.window, self.conv)
         return x + self.conv(window_maxima(x, self.window))
+
+    @torch.jit.unused
+    def _is_lean(self, x: Tensor) -> bool:
+        """Whether the sparse map need not be kept: in plain training, of a batch, by a plain convolution."""
+        return (
+            isinstance(x, Tensor)  # and no proxy of torch.fx
+            and x.dim() == self.dims + 2
+            and runs_eagerly()
+            and trains_by_autograd(x, self.conv.weight, self.conv.bias)
+            and convolves_plainly(self.conv)
+        )
 
     def extra_repr(self) -> str:
         return f"pool_size={tuple(self.window)}" + (", zero_init=True" if self.zero_init else "")

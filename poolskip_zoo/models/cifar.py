@@ -18,7 +18,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vgg import VGG
 from torch import Tensor, nn
 
-from .resnet import PoolSkipResNet
+from .resnet import PoolSkipGroupedModel
 from .vgg import PoolSkipVGG
 
 __all__ = [
@@ -152,6 +152,8 @@ class CifarResNet(SmallStemResNet):
         layers: blocks of the three stages.
         block: `BasicBlock` (the paper's) or `Bottleneck` of `timm.models.resnet`.
         channels: channels of the stages before the block's expansion; the first, an even number, is also the stem's.
+        zero_init_last: start each block's last norm at zero, as timm does for its own ResNets. Not here: channels that
+            `PadShortcut` adds would be zero on both ways, and the ReLU behind them would never pass a gradient.
         **kwargs: keywords of `SmallStemResNet`, except those of a projection shortcut (`avg_down`,
             `down_kernel_size`). `output_stride` may be 4 (default) or 2.
 
@@ -174,9 +176,18 @@ class CifarResNet(SmallStemResNet):
         layers: Sequence[int],
         block: type[nn.Module] = BasicBlock,
         channels: Sequence[int] = (16, 32, 64),
+        zero_init_last: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(block, layers, channels=channels, avg_down=False, down_kernel_size=1, **kwargs)
+        super().__init__(
+            block,
+            layers,
+            channels=channels,
+            zero_init_last=zero_init_last,
+            avg_down=False,
+            down_kernel_size=1,
+            **kwargs,
+        )
         # ResNet's methods name four stages; an empty one passes its input on, as where timm prunes a stage.
         self.layer4 = nn.Sequential()
         for module in list(self.modules()):
@@ -305,11 +316,11 @@ class CifarVGG(VGG):
             nn.init.zeros_(self.head.fc.bias)
 
 
-class PoolSkipSmallStemResNet(PoolSkipResNet, SmallStemResNet):
+class PoolSkipSmallStemResNet(PoolSkipGroupedModel, SmallStemResNet):
     """`SmallStemResNet` with Pool Skip; arguments, shapes and errors of both."""
 
 
-class PoolSkipCifarResNet(PoolSkipResNet, CifarResNet):
+class PoolSkipCifarResNet(PoolSkipGroupedModel, CifarResNet):
     """`CifarResNet` with Pool Skip; arguments, shapes and errors of both."""
 
 

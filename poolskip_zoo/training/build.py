@@ -11,6 +11,8 @@ from torch import nn
 
 from ..data import DATASETS, EvalLoader, Split, TrainLoader
 from ..data.augment import Augment
+from ..registry.catalogue import create_base
+from ..registry.checkpoint import SUFFIX
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -69,8 +71,10 @@ def make_model(recipe: Recipe) -> nn.Module:
 
         close = difflib.get_close_matches(recipe.model, timm.list_models(), 3)
         raise ValueError(f"unknown model {recipe.model!r}; similar: {', '.join(close) or 'none'}")
+    # A base takes our classes' keywords too, so that it is trained by the same recipe.
+    make = timm.create_model if recipe.model.endswith(SUFFIX) else create_base
     try:
-        return timm.create_model(recipe.model, num_classes=DATASETS[recipe.dataset].num_classes, **recipe.model_args)
+        return make(recipe.model, num_classes=DATASETS[recipe.dataset].num_classes, **recipe.model_args)
     except TypeError as error:
         raise ValueError(f"{recipe.model} does not take model_args={recipe.model_args}: {error}") from error
 
@@ -88,7 +92,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     Raises:
         ValueError: If timm does not know the optimizer or it does not take ``optimizer_args``.
     """
-    from timm.optim import create_optimizer_v2, list_optimizers
+    from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 
     # timm's "sgd" is Nesterov's, its "momentum" the plain one
     name = "momentum" if recipe.optimizer == "sgd" and not recipe.nesterov else recipe.optimizer
@@ -96,8 +100,17 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     if name not in known:
         raise ValueError(f"unknown optimizer {name!r}: one of {', '.join(known)}")
     settings: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "momentum": recipe.momentum}
+    parameters: Any = model
+    if recipe.encoder_lr != 1:
+        encoder = set(model.get_submodule("encoder").parameters())
+        parameters = [
+            {**group, "params": chosen, "lr_scale": scale}  # lr_scale: timm's schedulers multiply by it
+            for group in param_groups_weight_decay(model, recipe.weight_decay)
+            for scale, inside in ((1.0, False), (recipe.encoder_lr, True))
+            if (chosen := [parameter for parameter in group["params"] if (parameter in encoder) == inside])
+        ]
     try:
-        return create_optimizer_v2(model, opt=name, **{**settings, **recipe.optimizer_args})
+        return create_optimizer_v2(parameters, opt=name, **{**settings, **recipe.optimizer_args})
     except TypeError as error:
         raise ValueError(f"{name} does not take optimizer_args={recipe.optimizer_args}: {error}") from error
 
@@ -125,7 +138,7 @@ def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_e
     }
     if recipe.scheduler == "cosine":
         return CosineLRScheduler(optimizer, **settings)
-    return PolyLRScheduler(optimizer, power=1.0 if recipe.scheduler == "linear" else 0.0, **settings)
+    return PolyLRScheduler(optimizer, power={"linear": 1.0, "poly": 0.9, "constant": 0.0}[recipe.scheduler], **settings)
 
 
 def make_mixup(recipe: Recipe) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None:
@@ -181,7 +194,8 @@ def make_loaders(
         "rank": accelerator.process_index,
         "world": accelerator.num_processes,
     }
-    train = TrainLoader(splits[0], recipe.batch_size, augment, accumulation=recipe.accumulation, **shared)
+    settings: dict[str, Any] = {"accumulation": recipe.accumulation, "sizes": recipe.sizes}
+    train = TrainLoader(splits[0], recipe.batch_size, augment, **settings, **shared)
     if recipe.mixes and train.micro_size % 2:
         raise ValueError(f"mixup and cutmix need an even batch per forward pass, not {train.micro_size}")
     return train, EvalLoader(splits[1], EVAL_BATCH, **shared) if len(splits) > 1 else None

@@ -1,14 +1,27 @@
-"""Accuracy and loss of a classifier."""
+"""Scores of a classifier, and of a segmentation model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from ..inference import segment
+
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
+# Scores in words, in the order in which they are told.
+_WORDS = {
+    "miou": "mIoU {:.2f} %",
+    "pixel_accuracy": "pixel accuracy {:.2f} %",
+    "top1": "top-1 {:.2f} %",
+    "top5": "top-5 {:.2f} %",
+    "loss": "loss {:.4f}",
+}
 
 
 @dataclass(frozen=True)
@@ -28,10 +41,42 @@ class Scores:
     images: int
 
 
+@dataclass(frozen=True)
+class SegmentationScores:
+    """Result of an evaluation of segmentation; void pixels count nowhere.
+
+    Args:
+        miou: Mean over the classes of intersection over union, per cent.
+        pixel_accuracy: Share of pixels whose class scores highest, per cent.
+        loss: Mean cross entropy over pixels, natural logarithm.
+        images: Number of images.
+        class_iou: Intersection over union by label, over all images at once, per cent; None of a class that is
+            neither in the labels nor in the results, which the mean leaves out.
+    """
+
+    miou: float
+    pixel_accuracy: float
+    loss: float
+    images: int
+    class_iou: list[float | None]
+
+
+def describe(scores: Mapping[str, Any]) -> str:
+    """Tell scores in words.
+
+    Args:
+        scores: Scores of either kind, by name.
+
+    Returns:
+        For example ``top-1 91.25 %, top-5 99.50 %, loss 0.2821``.
+    """
+    return ", ".join(words.format(scores[key]) for key, words in _WORDS.items() if key in scores)
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    loader: Batches,
     *,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -50,24 +95,111 @@ def evaluate(
     Raises:
         ValueError: If there are no images.
     """
+    sums = _sum_batches(model, loader, lambda images, labels: model(images), _sums, 4, autocast, reduce)
+    top1, top5, loss, count = sums.tolist()
+    return Scores(100 * top1 / count, 100 * top5 / count, loss / count, int(count))
+
+
+@torch.inference_mode()
+def evaluate_segmentation(
+    model: nn.Module,
+    loader: Batches,
+    *,
+    classes: int,
+    void: int,
+    window: Sequence[int] = (),
+    overlap: float = 0.5,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> SegmentationScores:
+    """Evaluate a segmentation model at the resolution of the labels; it is put into evaluation mode and back.
+
+    Args:
+        model: Images (B, 3, h, w) to logits (B, classes, h, w).
+        loader: Batches of images and labels (B, H, W), on the model's device; the sizes may differ.
+        classes: Number of classes.
+        void: Label of pixels that do not count.
+        window: Height and width of a sliding window, in pixels of the images; empty for whole images.
+        overlap: Share of a window that its neighbours cover too, 0 to 0.9.
+        autocast: Makes the context of a forward pass.
+        reduce: Sums a tensor over processes, where each has a part of the images.
+
+    Returns:
+        The scores over all images.
+
+    Raises:
+        ValueError: If there are no images, or none with a label.
+    """
+    from segmentation_models_pytorch.metrics import get_stats
+
+    def forward(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return segment(model, images, labels.shape[1:], window, overlap)
+
+    def sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        # Its histogram has no repeatable kernel on a GPU, where that is asked for.
+        place = "cpu" if torch.are_deterministic_algorithms_enabled() else labels.device
+        settings: dict[str, Any] = {"mode": "multiclass", "num_classes": classes, "ignore_index": void}
+        counts = get_stats(logits.argmax(1).to(place), labels.to(place), **settings)[:3]
+        loss = pixel_cross_entropy(logits, labels, void, reduction="none").double().sum()
+        rest = torch.stack([loss, torch.tensor(float(len(labels)), dtype=torch.float64, device=loss.device)])
+        return torch.cat([*(count.sum(0).double().to(loss.device) for count in counts), rest])
+
+    total = _sum_batches(model, loader, forward, sums, 3 * classes + 2, autocast, reduce).cpu()
+    hits, excess, missed = total[:-2].view(3, classes)
+    pixels = (hits + missed).sum().item()
+    if not pixels:
+        raise ValueError("there are no labelled pixels to evaluate on")
+    seen = hits + excess + missed
+    iou = [100 * hit / all_ if all_ else None for hit, all_ in zip(hits.tolist(), seen.tolist(), strict=True)]
+    known = [value for value in iou if value is not None]
+    loss, images = total[-2:].tolist()
+    accuracy = 100 * hits.sum().item() / pixels
+    return SegmentationScores(sum(known) / len(known), accuracy, loss / pixels, int(images), iou)
+
+
+def pixel_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, void: int, **settings: Any) -> torch.Tensor:
+    """Compute the cross entropy over a list of pixels, since a GPU has no repeatable kernel for maps.
+
+    Args:
+        logits: (B, C, H, W).
+        labels: (B, H, W) int64.
+        void: Label of pixels that do not count.
+        settings: More keywords of ``cross_entropy``.
+
+    Returns:
+        What ``cross_entropy`` of (B * H * W, C) logits returns.
+    """
+    rows = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])
+    return F.cross_entropy(rows, labels.flatten(), ignore_index=void, **settings)
+
+
+def _sum_batches(
+    model: nn.Module,
+    loader: Batches,
+    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    sums: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    length: int,
+    autocast: Callable[[], AbstractContextManager],
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> torch.Tensor:
+    """Sum what every batch gives, `length` float64 with the number of images at the end, over the processes too."""
     was_training = model.training
     model.eval()
-    sums: torch.Tensor | None = None
+    total: torch.Tensor | None = None
     try:
         for images, labels in loader:
             with autocast():
-                logits = model(images)
-            part = _sums(logits.float(), labels)
-            sums = part if sums is None else sums + part
+                logits = forward(images, labels)
+            part = sums(logits.float(), labels)
+            total = part if total is None else total + part
     finally:
         model.train(was_training)
     if reduce is not None:
         device = next(model.parameters()).device
-        sums = reduce(torch.zeros(4, dtype=torch.float64, device=device) if sums is None else sums)
-    if sums is None or not sums[3]:
+        total = reduce(torch.zeros(length, dtype=torch.float64, device=device) if total is None else total)
+    if total is None or not total[-1]:
         raise ValueError("there are no images to evaluate on")
-    top1, top5, loss, count = sums.tolist()
-    return Scores(100 * top1 / count, 100 * top5 / count, loss / count, int(count))
+    return total
 
 
 def _sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -15,18 +15,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..data import DATASETS, EvalLoader, TrainLoader, load_splits
+from ..data import DATASETS
 from . import build
-from .evaluate import Scores, evaluate
+from .evaluate import Batches, describe
 from .metrics import Recorder, draw_curves, hardware, versions, write_json
 from .recipe import Recipe, make_recipe
 from .state import explain_full_disk, load_checkpoint, save_checkpoint, save_weights, seed_step, write_atomic
+from .task import TrainBatches, make_task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # All that a run writes into its folder
-FILES = ("recipe.yaml", "last.pt", "metrics.jsonl", "model.safetensors", "metrics.json", "curves.png", "tensorboard")
+FILES = (
+    *("recipe.yaml", "last.pt", "metrics.jsonl", "model.safetensors", "config.json", "metrics.json", "curves.png"),
+    "tensorboard",
+    *("scores.json", "parts"),  # of train-many
+)
 GPU_CHECK_EVERY = 50  # steps between looks at the loss: each look waits for the GPU
 
 
@@ -38,6 +43,7 @@ def train(
     resume: bool = True,
     checkpoint_steps: int = 0,
     limit_steps: int = 0,
+    limit_seconds: float = 0,
     download: bool = False,
     cpu: bool = False,
 ) -> dict[str, Any] | None:
@@ -54,19 +60,23 @@ def train(
         resume: Go on from the run folder's checkpoint; False removes what a run wrote there.
         checkpoint_steps: Also write a checkpoint after every so many steps, >= 0; 0 for after each epoch alone.
         limit_steps: Stop with a checkpoint after so many steps in this call, >= 0; 0 for no limit.
+        limit_seconds: Stop with a checkpoint after so much time in this call, >= 0; 0 for no limit.
         download: Let torchvision fetch the data set.
         cpu: Train on the CPU where there is a GPU.
 
     Returns:
-        What ``metrics.json`` holds, or None if stopped by ``limit_steps``.
+        What ``metrics.json`` holds, or None if stopped by a limit.
 
     Raises:
         ValueError: If the recipe does not fit model, data, devices, or the run that the folder holds.
         FileNotFoundError: If data are missing.
         RuntimeError: If the loss is no longer finite, the disk is full, or a checkpoint is damaged.
     """
-    if checkpoint_steps < 0 or limit_steps < 0:
-        raise ValueError(f"checkpoint_steps={checkpoint_steps} and limit_steps={limit_steps} must be at least 0")
+    limits = {"checkpoint_steps": checkpoint_steps, "limit_steps": limit_steps, "limit_seconds": limit_seconds}
+    for key, value in limits.items():
+        if value < 0:
+            raise ValueError(f"{key}={value} must be at least 0")
+    deadline = time.monotonic() + limit_seconds if limit_seconds else math.inf
     folder = Path(output) / f"{recipe.name}-s{recipe.seed}"
     if resume:
         finished = _finished(folder, recipe)
@@ -82,7 +92,7 @@ def train(
         run = _Run(recipe, folder, accelerator, data_dir, download)
         run.open(resume)
         try:
-            return run.finish() if run.fit(checkpoint_steps, limit_steps) else None
+            return run.finish() if run.fit(checkpoint_steps, limit_steps, deadline) else None
         finally:
             run.close()
     finally:
@@ -127,18 +137,12 @@ class _Run:
         from timm.utils import ModelEmaV3
 
         self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
+        self.task = make_task(recipe)
         torch.manual_seed(recipe.seed)
-        model = build.make_model(recipe)
-        splits = load_splits(
-            recipe.dataset,
-            ("train", "val") if recipe.hold_out else ("train",),
-            data_dir,
-            hold_out=recipe.hold_out,
-            download=download,
-        )
-        self.loader: TrainLoader
-        self.val_loader: EvalLoader | None
-        self.loader, self.val_loader = build.make_loaders(recipe, splits, accelerator)
+        model = self.task.make_model()
+        self.loader: TrainBatches
+        self.val_loader: Batches | None
+        self.loader, self.val_loader = self.task.make_loaders(data_dir, download, accelerator)
         model = model.to(accelerator.device)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
@@ -150,8 +154,7 @@ class _Run:
         optimizer = build.make_optimizer(recipe, model)
         self.scheduler = build.make_scheduler(recipe, optimizer, self.loader.steps)
         self.mixup = build.make_mixup(recipe)
-        # mixed labels are smoothed already
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self.mixup else recipe.label_smoothing)
+        self.criterion = self.task.make_criterion().to(accelerator.device)
         if recipe.compile:
             model.compile()
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
@@ -197,8 +200,8 @@ class _Run:
         if done:
             self.bar.write(f"resumed at epoch {self.epoch + 1}, step {self.step + 1}")
 
-    def fit(self, checkpoint_steps: int, limit_steps: int) -> bool:
-        """Train to the end; return False if stopped by the limit."""
+    def fit(self, checkpoint_steps: int, limit_steps: int, deadline: float) -> bool:
+        """Train to the end; return False if stopped by a limit."""
         begun, taken = time.perf_counter(), 0
         check_every = 1 if self.accelerator.device.type == "cpu" else GPU_CHECK_EVERY
         while self.epoch < self.recipe.epochs:
@@ -207,9 +210,10 @@ class _Run:
             while self.step < self.loader.steps:
                 self._train_step()
                 taken += 1
-                if self.step % check_every == 0 or self.step == self.loader.steps:
+                look = self.step % check_every == 0 or self.step == self.loader.steps
+                if look:
                     self._check_losses()
-                stop = taken == limit_steps
+                stop = taken == limit_steps or (look and self._late(deadline))
                 if self.step < self.loader.steps and (stop or (checkpoint_steps and self.step % checkpoint_steps == 0)):
                     self._save(begun)
                     if stop:
@@ -217,10 +221,19 @@ class _Run:
             speed = (self.step - first) * self.recipe.batch_size / (time.perf_counter() - epoch_begun)
             self._end_epoch(speed)
             self._save(begun)
-            if limit_steps and taken >= limit_steps and self.epoch < self.recipe.epochs:
+            if stop and self.epoch < self.recipe.epochs:
                 return False
         self.seconds += time.perf_counter() - begun
         return True
+
+    def _late(self, deadline: float) -> bool:
+        """Whether process 0, and so every process, is past the deadline; the clocks of several may differ."""
+        if deadline == math.inf:
+            return False
+        late = torch.tensor(float(time.monotonic() > deadline), device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast(late, 0)
+        return bool(late)
 
     def _train_step(self) -> None:
         """Make one update of the weights."""
@@ -275,9 +288,7 @@ class _Run:
             "epoch": self.epoch,
             "step": self.epoch * self.loader.steps,
             "train_loss": self.losses.mean().item(),
-            "val_loss": scores and scores.loss,
-            "val_top1": scores and scores.top1,
-            "val_top5": scores and scores.top5,
+            **{f"val_{key}": scores and getattr(scores, key) for key in self.task.scores},
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": round(speed, 1),
         }
@@ -285,12 +296,12 @@ class _Run:
             self.history.append(row)
             return
         self.recorder.add(row)
-        held_out = f", held-out {scores.top1:.2f} % (loss {scores.loss:.4f})" if scores else ""
+        held_out = f", held-out {describe(dataclasses.asdict(scores))}" if scores else ""
         self.bar.write(
             f"epoch {self.epoch}/{self.recipe.epochs}: train loss {row['train_loss']:.4f}{held_out}, {speed:.0f} img/s"
         )
 
-    def _evaluate(self, model: nn.Module, full_precision: bool = False) -> Scores | None:
+    def _evaluate(self, model: nn.Module, full_precision: bool = False) -> Any:
         """Measure on the held-out images, with the statistics of process 0 in all processes."""
         if self.val_loader is None:
             return None
@@ -298,7 +309,7 @@ class _Run:
         if several:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        return evaluate(
+        return self.task.evaluate(
             model,
             self.val_loader,
             autocast=nullcontext if full_precision else self.accelerator.autocast,
@@ -358,7 +369,7 @@ class _Run:
             trained = self.ema.module if self.ema is not None else self.model
             save_weights(path, trained, getattr(torch, recipe.save_dtype))
         self.accelerator.wait_for_everyone()
-        model = build.make_model(recipe)
+        model = self.task.make_model(trained=True)
         model.load_state_dict(load_file(path))
         model = model.to(self.accelerator.device)
         if recipe.channels_last:
@@ -368,7 +379,9 @@ class _Run:
         metrics = {
             "name": recipe.name,
             "model": recipe.model,
+            "model_args": recipe.model_args,
             "dataset": recipe.dataset,
+            "image_size": recipe.image_size,
             "dataset_title": DATASETS[recipe.dataset].title,
             "mean": list(DATASETS[recipe.dataset].mean),
             "std": list(DATASETS[recipe.dataset].std),
@@ -384,6 +397,8 @@ class _Run:
         }
         if self.main:
             draw_curves(self.folder / "curves.png", self.history, f"{recipe.name}, seed {recipe.seed}")
+            for name, value in self.task.files(model).items():
+                write_json(self.folder / name, value)
             write_json(self.folder / "metrics.json", metrics)
         self.accelerator.wait_for_everyone()
         return metrics

@@ -80,7 +80,7 @@ def _open_board(folder: Path, first_step: int) -> Any:
 
 
 def draw_curves(path: Path, history: list[Row], title: str) -> None:
-    """Draw losses, accuracy and learning rate over epochs as a PNG.
+    """Draw losses, scores and learning rate over epochs as a PNG.
 
     Args:
         path: The picture.
@@ -102,7 +102,7 @@ def draw_curves(path: Path, history: list[Row], title: str) -> None:
     figure.suptitle(title)
     panels = (
         ("loss", ("train_loss", "val_loss"), "cross entropy"),
-        ("accuracy", ("val_top1", "val_top5"), "held-out images right, %"),
+        ("scores", ("val_top1", "val_top5", "val_miou", "val_pixel_accuracy"), "on held-out images, %"),
         ("learning rate", ("lr",), "at the end of the epoch"),
     )
     for axes, (name, keys, label) in zip(figure.subplots(1, 3), panels, strict=True):
@@ -156,7 +156,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
-    for package in ("poolskip-zoo", "torch", "timm", "accelerate", "numpy"):
+    for package in ("poolskip-zoo", "torch", "timm", "segmentation-models-pytorch", "accelerate", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

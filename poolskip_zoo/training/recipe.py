@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..data.datasets import DATASETS
+from ..data.datasets import DATASETS, SegmentationInfo
 
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -23,11 +23,16 @@ class Recipe:
 
     Args:
         name: Name of the checkpoint that it makes, ``<model>.<tag>``.
-        model: timm model name.
-        model_args: Keywords of ``timm.create_model``; ``num_classes`` comes from the data set.
-        dataset: One of `poolskip_zoo.data.DATASETS`.
-        hold_out: Training images held out to choose by, >= 0; 0 trains on all and measures nothing.
-        image_size: Pixels, 8 to 1024; 0 takes the data set's own.
+        model: timm model name; for segmentation the name of smp's architecture, such as ``unet``.
+        model_args: Keywords of ``timm.create_model``, for segmentation of ``smp.create_model`` (``encoder_name`` and
+            ``encoder_weights``, None where left out); the number of classes comes from the data set.
+        dataset: One of `poolskip_zoo.data.DATASETS`; it decides whether images are classified or segmented.
+        hold_out: Training images held out to choose by, >= 0; 0 trains on all and measures nothing; -1 takes the
+            validation images that a segmentation data set has of its own.
+        image_size: Pixels, 8 to 1024, for segmentation of the shorter side, which keeps its proportion to the longer
+            one; 0 takes the data set's own.
+        sizes: Pairs of an epoch, from 0, and the size in pixels, 8 to 1024, of training images from then on; empty for
+            ``image_size`` throughout. Held-out images keep ``image_size``.
         epochs: >= 1.
         batch_size: Images per optimizer step over all processes and accumulation steps, >= 1.
         accumulation: Forward passes per optimizer step, >= 1.
@@ -37,9 +42,14 @@ class Recipe:
         nesterov: Nesterov momentum; SGD alone.
         weight_decay: >= 0; biases, norms and what the model exempts have none, as in timm.
         optimizer_args: More keywords of the optimizer.
-        scheduler: ``cosine``, ``linear`` (both down to ``min_lr``) or ``constant``; stepped at every update.
+        encoder_lr: Factor on the learning rate of a segmentation model's encoder, > 0.
+        scheduler: ``cosine``, ``linear``, ``poly`` (power 0.9; all down to ``min_lr``) or ``constant``; stepped at
+            every update.
         warmup_epochs: Linear warm-up from 0, in epochs, >= 0, may be a fraction.
         min_lr: Last learning rate, >= 0.
+        loss: Of segmentation: ``ce`` (cross entropy), ``dice``, or ``ce+dice``.
+        class_weights: Of segmentation, in the cross entropy: ``none``, or ``balanced``: the median frequency over a
+            class's own, as SegNet's.
         label_smoothing: 0 to 1.
         mixup: Beta parameter of mixup, 0 for none.
         cutmix: Beta parameter of CutMix, 0 for none; with both, each batch draws one of them.
@@ -48,6 +58,11 @@ class Recipe:
         ema_warmup: Let the decay rise from 0 to ``ema_decay`` over the first updates.
         clip_grad: Largest gradient norm, 0 for no clipping.
         crop_padding: Pixels of zero padding before a random crop, 0 to 64.
+        crop_size: Of segmentation: height and width that is trained on, multiples of 32.
+        scale: Of segmentation: least and greatest factor on the size before the crop.
+        color_jitter: Of segmentation: largest relative change of brightness, contrast and saturation, 0 to 1.
+        window: Of segmentation: height and width of evaluation's sliding window, empty for whole images.
+        overlap: Share of a window that its neighbours cover too, 0 to 0.9.
         flip: Random left-right flip.
         rand_augment: timm RandAugment string, empty for none.
         random_erasing: Probability of erasing a rectangle, 0 to 1.
@@ -66,6 +81,7 @@ class Recipe:
     model_args: dict[str, Any] = field(default_factory=dict)
     hold_out: int = 5000
     image_size: int = 0
+    sizes: list[list[int]] = field(default_factory=list)
     epochs: int = 20
     batch_size: int = 128
     accumulation: int = 1
@@ -75,9 +91,12 @@ class Recipe:
     nesterov: bool = True
     weight_decay: float = 5e-4
     optimizer_args: dict[str, Any] = field(default_factory=dict)
+    encoder_lr: float = 1.0
     scheduler: str = "cosine"
     warmup_epochs: float = 0.0
     min_lr: float = 0.0
+    loss: str = "ce"
+    class_weights: str = "none"
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -86,6 +105,11 @@ class Recipe:
     ema_warmup: bool = True
     clip_grad: float = 0.0
     crop_padding: int = 0
+    crop_size: list[int] = field(default_factory=list)
+    scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    color_jitter: float = 0.0
+    window: list[int] = field(default_factory=list)
+    overlap: float = 0.5
     flip: bool = False
     rand_augment: str = ""
     random_erasing: float = 0.0
@@ -109,8 +133,9 @@ class Recipe:
             raise ValueError(
                 f"recipe key batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}"
             )
-        if "num_classes" in self.model_args:
-            raise ValueError("recipe key model_args must not hold num_classes: the dataset decides it")
+        for key in sorted(_DECIDED & set(self.model_args)):
+            raise ValueError(f"recipe key model_args must not hold {key}: the dataset decides it")
+        _check_task(self)
 
     def to_yaml(self) -> str:
         """Write out every key, defaults included.
@@ -119,6 +144,11 @@ class Recipe:
             YAML text that `Recipe` reads back equal.
         """
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+    @property
+    def segments(self) -> bool:
+        """Whether its model gives every pixel a class."""
+        return isinstance(DATASETS[self.dataset], SegmentationInfo)
 
     @property
     def mixes(self) -> bool:
@@ -130,8 +160,11 @@ class Recipe:
 _RANGES: dict[str, tuple[float | None, float | None]] = {
     **dict.fromkeys(("epochs", "batch_size", "accumulation"), (1, None)),
     **dict.fromkeys(("label_smoothing", "mix_prob", "random_erasing", "momentum"), (0, 1)),
-    **dict.fromkeys(("weight_decay", "warmup_epochs", "min_lr", "mixup", "cutmix", "clip_grad", "hold_out"), (0, None)),
-    "lr": (1e-12, None),
+    **dict.fromkeys(("weight_decay", "warmup_epochs", "min_lr", "mixup", "cutmix", "clip_grad"), (0, None)),
+    **dict.fromkeys(("lr", "encoder_lr"), (1e-12, None)),
+    "hold_out": (-1, None),
+    "color_jitter": (0, 1),
+    "overlap": (0, 0.9),
     "ema_decay": (0, 1 - 1e-9),
     "crop_padding": (0, 64),
     "image_size": (0, 1024),
@@ -139,10 +172,17 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
 }
 _CHOICES: dict[str, Sequence[str]] = {
     "dataset": tuple(DATASETS),
-    "scheduler": ("cosine", "linear", "constant"),
+    "scheduler": ("cosine", "linear", "poly", "constant"),
+    "loss": ("ce", "dice", "ce+dice"),
+    "class_weights": ("none", "balanced"),
     "precision": ("fp32", "bf16", "fp16"),
     "save_dtype": ("float16", "float32"),
 }
+# Keys of one task, which the other refuses unless they have their default.
+_SEGMENTATION_KEYS = ("encoder_lr", "loss", "class_weights", "crop_size", "scale", "color_jitter", "window", "overlap")
+_CLASSIFICATION_KEYS = ("sizes", "mixup", "cutmix", "crop_padding", "rand_augment", "random_erasing")
+# Of model_args: what the data set decides; aux_params would add a classifier, for which it has no labels.
+_DECIDED = {"num_classes", "classes", "aux_params"}
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -251,6 +291,8 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
             return float(value)
         except ValueError:
             pass
+    elif origin is list and isinstance(value, list | tuple):
+        return [_coerce(key, each, typing.get_args(kind)[0]) for each in value]
     elif isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
         return dict(value) if origin is dict else value
     raise ValueError(f"recipe key {key}={value!r} must be of type {origin.__name__}")
@@ -268,3 +310,37 @@ def _check_range(key: str, value: Any) -> None:
         raise ValueError(f"recipe key {key}={value!r} must be finite")
     if key == "name" and (not value or "/" in value or value.startswith(".")):
         raise ValueError(f"recipe key name={value!r} must be a plain file name such as resnet20_cifar.c10_e20")
+
+
+def _check_task(recipe: Recipe) -> None:
+    """Check the keys of segmentation, and refuse those of the task that the data set is not for."""
+    foreign = _CLASSIFICATION_KEYS if recipe.segments else _SEGMENTATION_KEYS
+    for entry in dataclasses.fields(Recipe):
+        default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+        if entry.name in foreign and getattr(recipe, entry.name) != default:
+            task = "segmentation" if recipe.segments else "classification"
+            raise ValueError(f"recipe key {entry.name} has no meaning for {recipe.dataset}, a data set for {task}")
+    if not recipe.segments:
+        if recipe.hold_out < 0:
+            raise ValueError(f"recipe key hold_out={recipe.hold_out}: {recipe.dataset} has no own validation images")
+        _check_sizes(recipe)
+        return
+    if len(recipe.crop_size) != 2 or any(size < 32 or size % 32 for size in recipe.crop_size):
+        raise ValueError(f"recipe key crop_size={recipe.crop_size} must be height and width, multiples of 32")
+    if recipe.window and (len(recipe.window) != 2 or any(size < 32 or size % 32 for size in recipe.window)):
+        raise ValueError(f"recipe key window={recipe.window} must be empty or height and width, multiples of 32")
+    if len(recipe.scale) != 2 or not 0 < recipe.scale[0] <= recipe.scale[1] < float("inf"):
+        raise ValueError(f"recipe key scale={recipe.scale} must be a least and a greatest factor, above 0")
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    """Check that `sizes` says for every epoch how large its images are."""
+    low, high = 8, 1024
+    pairs = all(len(pair) == 2 and low <= pair[1] <= high for pair in recipe.sizes)
+    epochs = [pair[0] for pair in recipe.sizes if pair]
+    rising = epochs == sorted(set(epochs)) and epochs[:1] in ([], [0])
+    if not pairs or not rising or epochs[-1:] >= [recipe.epochs]:
+        raise ValueError(
+            f"recipe key sizes={recipe.sizes} must be pairs of an epoch and a size of {low} to {high}: the first epoch "
+            f"0, the others rising and below epochs={recipe.epochs}"
+        )

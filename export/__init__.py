@@ -1,0 +1,22 @@
+"""Export of models with max-unpooling: one graph pass, several runtimes, every file checked before it is kept."""
+
+from .lower import Block, blocks_of, lower_unpooling
+from .predictor import Predictor
+from .targets import LOWERINGS, TARGETS
+from .to_exported_program import to_exported_program
+from .to_onnx import to_onnx
+from .to_openvino import to_openvino
+from .to_torchscript import to_torchscript
+
+__all__ = [
+    "LOWERINGS",
+    "TARGETS",
+    "Block",
+    "Predictor",
+    "blocks_of",
+    "lower_unpooling",
+    "to_exported_program",
+    "to_onnx",
+    "to_openvino",
+    "to_torchscript",
+]

@@ -1,0 +1,279 @@
+"""The forms of a max-unpooling as ONNX graphs, each behind one operator of torch's.
+
+The pass writes these operators, `torch.onnx.export` translates them. Written by hand the graphs have what torch's own
+trace cannot: one Slice for all axes, none where the window divides a fixed size, and no padding against guards.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import forms
+
+__all__ = ["OPERATORS", "Translation", "translations"]
+
+
+_SCHEMA = "(Tensor values, Tensor x, int[] window, bool ceil_mode, bool own) -> Tensor"
+
+
+@torch.library.custom_op("poolskip_zoo::keys", mutates_args=(), schema=_SCHEMA)
+def _keys(values: Tensor, x: Tensor, window: list[int], ceil_mode: bool, own: bool) -> Tensor:
+    return forms.keys(values, x, window, ceil_mode, own)
+
+
+@torch.library.custom_op("poolskip_zoo::arith", mutates_args=(), schema=_SCHEMA)
+def _arith(values: Tensor, x: Tensor, window: list[int], ceil_mode: bool, own: bool) -> Tensor:
+    return forms.arith(values, x, window, ceil_mode, own)
+
+
+@torch.library.custom_op("poolskip_zoo::native", mutates_args=(), schema=_SCHEMA)
+def _native(values: Tensor, x: Tensor, window: list[int], ceil_mode: bool, own: bool) -> Tensor:
+    # As in ONNX: of the same values as keys, in torch by indices.
+    pools = torch.ops.aten.max_pool2d_with_indices, torch.ops.aten.max_pool3d_with_indices
+    zeros, ones = [0] * len(window), [1] * len(window)
+    _, indices = pools[len(window) - 2](x, window, window, zeros, ones, ceil_mode)
+    return forms.scatter(values, indices, list(x.shape[2:]))
+
+
+@torch.library.custom_op(
+    "poolskip_zoo::scatter", mutates_args=(), schema="(Tensor values, Tensor indices, SymInt[] size) -> Tensor"
+)
+def _scatter(values: Tensor, indices: Tensor, size: list[int]) -> Tensor:
+    return forms.scatter(values, indices, size)
+
+
+@_keys.register_fake
+@_arith.register_fake
+@_native.register_fake
+def _like_map(values: Tensor, x: Tensor, window: list[int], ceil_mode: bool, own: bool) -> Tensor:
+    return values.new_empty(x.shape)
+
+
+@_scatter.register_fake
+def _of_size(values: Tensor, indices: Tensor, size: list[int]) -> Tensor:
+    return values.new_empty([*values.shape[: values.dim() - len(size)], *size])
+
+
+# What the pass calls for each lowering.
+OPERATORS: dict[str, Callable[..., Tensor]] = {
+    "keys": torch.ops.poolskip_zoo.keys.default,
+    "arith": torch.ops.poolskip_zoo.arith.default,
+    "native": torch.ops.poolskip_zoo.native.default,
+    "scatter": torch.ops.poolskip_zoo.scatter.default,
+}
+
+
+@dataclass
+class Translation:
+    """ONNX values of one unpooling, named once the export is done.
+
+    Args:
+        inputs: what it is computed from: the pooled map (after the values where those are others), or values, indices
+            and the output sizes that are not fixed.
+        output: the unpooled map.
+    """
+
+    inputs: list[Any] = field(default_factory=list)
+    output: Any = None
+
+
+def translations(made: list[Translation]) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Table for `torch.onnx.export`.
+
+    Args:
+        made: receives one record per unpooling, in the graph's order.
+
+    Returns:
+        Operator to function.
+    """
+
+    def recorded(mask: Callable[..., Any]) -> Callable[..., Any]:
+        def translate(values, x, window, ceil_mode, own):
+            output = _Writer(x, window, ceil_mode).place(values, own, mask)
+            made.append(Translation([_kept(each) for each in ([x] if own else [values, x])], output))
+            return output
+
+        return translate
+
+    def native(values, x, window, ceil_mode, own):
+        output = _Writer(x, window, ceil_mode).native(values, own)
+        made.append(Translation([_kept(each) for each in ([x] if own else [values, x])], output))
+        return output
+
+    def scatter(values, indices, size):
+        output = _write_scatter(values, indices, size)
+        open_sizes = [each for each in size if not isinstance(each, int)]
+        made.append(Translation([_kept(each) for each in (values, indices, *open_sizes)], output))
+        return output
+
+    return {
+        OPERATORS["keys"]: recorded(_Writer.keys_mask),
+        OPERATORS["arith"]: recorded(_Writer.arith_mask),
+        OPERATORS["native"]: native,
+        OPERATORS["scatter"]: scatter,
+    }
+
+
+def _kept(value: Any) -> Any:
+    """The value behind identities, which the exporter takes out (dropout leaves one)."""
+    while value.producer() is not None and value.producer().op_type == "Identity":
+        value = value.producer().inputs[0]
+    return value
+
+
+def _opset() -> Any:
+    from onnxscript import opset18
+
+    return opset18
+
+
+class _Writer:
+    """Writes nodes for one pooled map `x` (N, C, *spatial)."""
+
+    def __init__(self, x: Any, window: list[int], ceil_mode: bool) -> None:
+        import numpy as np
+
+        self.op, self.x, self.window, self.ceil_mode = _opset(), x, list(window), ceil_mode
+        self.rank = len(self.window)
+        sizes = list(x.shape)[2:]
+        # Sizes that are not fixed are no ints.
+        self.size = [int(size) for size in sizes] if all(isinstance(size, int) for size in sizes) else None
+        self.divides = self.size is not None and all(s % e == 0 for s, e in zip(self.size, self.window, strict=True))
+        self.dtype = x.dtype.numpy()
+        self.np = np
+
+    def number(self, value: Any) -> Any:
+        """Constant of the type of `x`."""
+        from onnx import numpy_helper
+
+        return self.op.Constant(value=numpy_helper.from_array(self.np.asarray(value, self.dtype)))
+
+    def ints(self, values: list[int]) -> Any:
+        from onnx import numpy_helper
+
+        return self.op.Constant(value=numpy_helper.from_array(self.np.asarray(values, self.np.int64)))
+
+    def spatial(self, value: Any) -> Any:
+        """Spatial sizes of `x` where they are fixed, else of a value at run time."""
+        if value is self.x and self.size is not None:
+            return self.ints(self.size)
+        return self.op.Shape(value, start=2)
+
+    def pool(self, z: Any) -> Any:
+        pooled, _ = self.op.MaxPool(
+            z, kernel_shape=self.window, strides=self.window, ceil_mode=int(self.ceil_mode and not self.divides)
+        )
+        return pooled
+
+    def cut(self, z: Any) -> Any:
+        """The first cells of `z`, as many as `x` has."""
+        axes = list(range(2, self.rank + 2))
+        return self.op.Slice(z, self.ints([0] * self.rank), self.spatial(self.x), self.ints(axes))
+
+    def up(self, z: Any, fill: float) -> Any:
+        """Repeat each element over its window; `fill` where floor mode pools nothing."""
+        z = self.extended(z, fill)
+        scales = self.np.asarray([1, 1, *self.window], self.np.float32)
+        from onnx import numpy_helper
+
+        z = self.op.Resize(
+            z,
+            None,
+            self.op.Constant(value=numpy_helper.from_array(scales)),
+            mode="nearest",
+            coordinate_transformation_mode="asymmetric",
+            nearest_mode="floor",
+        )
+        return z if self.divides else self.cut(z)
+
+    def extended(self, z: Any, fill: float) -> Any:
+        """Pooled cells for all of `x`: floor mode lacks one at the far edges."""
+        if self.ceil_mode or self.divides:
+            return z
+        pads = self.ints([0] * (self.rank + 2) + [0, 0] + [1] * self.rank)
+        return self.op.Pad(z, pads, self.number(fill))
+
+    def window_keys(self, pooled: Any) -> Any:
+        """Keys e²…1 over each window, (1, 1, *spatial)."""
+        tile = self.np.arange(math.prod(self.window), 0, -1).reshape(1, 1, *self.window)
+        if self.size is not None:
+            repeats = [-(-s // e) for s, e in zip(self.size, self.window, strict=True)]
+            whole: tuple[Any, ...] = (..., *(slice(size) for size in self.size))
+            keys = self.np.tile(tile, (1, 1, *repeats))[whole]
+            return self.number(keys)
+        repeats = self.op.Shape(self.extended(pooled, 0.0), start=2)
+        return self.cut(self.op.Tile(self.number(tile), self.op.Concat(self.ints([1, 1]), repeats, axis=0)))
+
+    def keys_mask(self) -> Any:
+        """1 at the first maximum of each window, else 0: `relu(k - (up(pool(k)) - 1))`."""
+        pooled = self.pool(self.x)
+        is_max = self.op.Cast(self.op.Equal(self.x, self.up(pooled, 0.0)), to=int(self.x.dtype))
+        return self.first(is_max, pooled)
+
+    def arith_mask(self) -> Any:
+        """The same without comparisons; see `forms.arith`."""
+        pooled = self.pool(self.x)
+        info = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+        dtype = info[self.np.dtype(self.dtype).name]
+        below = self.op.Sub(self.up(pooled, torch.finfo(dtype).max), self.x)
+        step, one = self.number(forms.unit_step(dtype)), self.number(1)
+        for _ in range(2):
+            below = self.op.Min(self.op.Mul(below, step), one)
+        return self.first(self.op.Sub(one, below), pooled)
+
+    def first(self, is_max: Any, pooled: Any) -> Any:
+        ranks = self.op.Mul(is_max, self.window_keys(pooled))
+        # relu: a window with NaN has no maximum, and none is chosen.
+        before = self.op.Relu(self.op.Sub(self.pool(ranks), self.number(1)))
+        return self.op.Relu(self.op.Sub(ranks, self.up(before, float(math.prod(self.window)))))
+
+    def place(self, values: Any, own: bool, mask: Callable[..., Any]) -> Any:
+        return self.op.Mul(self.x if own else self.up(values, 0.0), mask(self))
+
+    def native(self, values: Any, own: bool) -> Any:
+        """Pad or crop to whole windows, MaxPool with indices, MaxUnpool, and back: MaxUnpool fails on partial ones."""
+        op, axes = self.op, self.ints(list(range(2, self.rank + 2)))
+        none, window, whole = self.ints([0] * self.rank), self.ints(self.window), self.x
+        if not self.divides:
+            size = self.spatial(self.x)
+            if self.ceil_mode:
+                lacking = op.Mod(op.Neg(size), window)
+                pads = op.Concat(self.ints([0] * (self.rank + 4)), lacking, axis=0)
+                whole = op.Pad(self.x, pads, self.number(-math.inf))
+            else:
+                covered = op.Mul(op.Div(size, window), window)
+                whole = op.Slice(self.x, none, covered, axes)
+        pooled, indices = op.MaxPool(whole, kernel_shape=self.window, strides=self.window)
+        placed = op.MaxUnpool(pooled if own else values, indices, kernel_shape=self.window, strides=self.window)
+        if self.divides:
+            return placed
+        if self.ceil_mode:
+            return self.cut(placed)
+        pads = op.Concat(self.ints([0] * (self.rank + 4)), op.Sub(size, covered), axis=0)
+        return op.Pad(placed, pads, self.number(0))
+
+
+def _write_scatter(values: Any, indices: Any, size: list[Any]) -> Any:
+    """ScatterElements on flattened planes."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    op = _opset()
+    outer = len(values.shape) - len(size)
+
+    def ints(numbers: list[int]) -> Any:
+        return op.Constant(value=numpy_helper.from_array(np.asarray(numbers, np.int64)))
+
+    planes = op.Shape(values, start=0, end=outer)
+    ends = [ints([each]) if isinstance(each, int) else op.Reshape(each, ints([1])) for each in size]
+    spatial = op.Concat(*ends, axis=0)
+    flat = op.Concat(planes, op.ReduceProd(spatial, keepdims=1), axis=0)
+    zero = op.Constant(value=numpy_helper.from_array(np.asarray(0, values.dtype.numpy())))
+    # 0 keeps a size, -1 takes the rest.
+    row = ints([0] * outer + [-1])
+    placed = op.ScatterElements(op.Expand(zero, flat), op.Reshape(indices, row), op.Reshape(values, row), axis=outer)
+    return op.Reshape(placed, op.Concat(planes, spatial, axis=0))

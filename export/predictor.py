@@ -1,0 +1,180 @@
+"""Run an exported model on images with NumPy, Pillow and ONNX Runtime or OpenVINO alone; this file stands by itself.
+
+from poolskip_predictor import Predictor
+print(Predictor("model.onnx")("photo.jpg")[:5])
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["Predictor"]
+
+_KEY = "poolskip_zoo"
+
+Run = Callable[[np.ndarray], list[np.ndarray]]
+
+
+class Predictor:
+    """A model file with the preprocessing and class names that it holds.
+
+    Args:
+        path: `.onnx` file, or `.xml` of OpenVINO, that the exporter of poolskip-zoo wrote.
+        runtime: `onnxruntime` or `openvino`; by default the one that is installed and reads the file, ONNX Runtime
+            first.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file holds no metadata of the exporter, or the runtime is unknown.
+        ImportError: if the runtime is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], runtime: str | None = None) -> None:
+        path = os.fspath(path)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"no such model: {path}")
+        runtimes = ("openvino",) if path.endswith(".xml") else ("onnxruntime", "openvino")
+        if runtime is not None and runtime not in runtimes:
+            raise ValueError(f"runtime={runtime!r}: expected one of {', '.join(runtimes)} for {path}")
+        self._run, text = _load(path, (runtime,) if runtime else runtimes)
+        if not text:
+            raise ValueError(f"{path} holds no metadata of poolskip-zoo's exporter")
+        self.metadata = json.loads(text)
+        lacking = {"input_size", "mean", "std", "interpolation", "crop_pct"} - set(self.metadata)
+        if lacking:
+            raise ValueError(f"{path} does not say how images are prepared: {', '.join(sorted(lacking))} missing")
+        if (self.metadata.get("crop_mode") or "center") not in ("center", "squash"):
+            raise ValueError(f"crop_mode {self.metadata['crop_mode']!r}: expected center or squash")
+
+    def __call__(self, image: Any) -> Any:
+        """Classify or segment one image.
+
+        Args:
+            image: path, or Pillow image.
+
+        Returns:
+            For a classifier its (label, probability) pairs, the most likely first; for a segmentation model the class
+            of each pixel, an int32 array (height, width) of the image's own size.
+
+        Raises:
+            OSError: if the file is missing or no image.
+        """
+        if not isinstance(image, Image.Image):
+            with Image.open(image) as file:
+                image = file.convert("RGB")
+        image = image.convert("RGB")
+        mask = self.metadata.get("task") == "segmentation"
+        height, width = self.metadata["input_size"][-2:]
+        prepared = image.resize((width, height), Image.Resampling.BILINEAR) if mask else self._crop(image)
+        output = self._run(self._normalise(prepared))[0]
+        return self._mask(output, image.size) if mask else self._rank(output)
+
+    def _crop(self, image: Image.Image) -> Image.Image:
+        """The evaluation transform of timm: scale, then cut out the middle."""
+        height, width = self.metadata["input_size"][-2:]
+        scale = self.metadata["crop_pct"]
+        tall, wide = math.floor(height / scale), math.floor(width / scale)
+        if self.metadata.get("crop_mode") == "squash":
+            size = (wide, tall)
+        elif tall == wide:
+            # torchvision's rule: the short side takes the size, the long side is cut to an int.
+            short, long = min(image.size), max(image.size)
+            other = int(tall * long / short)
+            size = (tall, other) if image.width <= image.height else (other, tall)
+        else:
+            # timm's rule where height and width differ.
+            ratio = min(image.height / tall, image.width / wide)
+            size = (round(image.width / ratio), round(image.height / ratio))
+        resampling = Image.Resampling[self.metadata["interpolation"].upper()]
+        if size != image.size:
+            image = image.resize(size, resampling)
+        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+        # Beyond the image crop fills with zeros, as torchvision pads.
+        if image.width < width:
+            left = -((width - image.width) // 2)
+        if image.height < height:
+            top = -((height - image.height) // 2)
+        return image.crop((left, top, left + width, top + height))
+
+    def _normalise(self, image: Image.Image) -> np.ndarray:
+        pixels = np.asarray(image, np.float32).transpose(2, 0, 1) / np.float32(255)
+        mean, std = (np.asarray(self.metadata[key], np.float32).reshape(3, 1, 1) for key in ("mean", "std"))
+        return np.ascontiguousarray(((pixels - mean) / std)[None])
+
+    def _rank(self, logits: np.ndarray) -> list[tuple[str, float]]:
+        shares = np.exp(logits[0] - logits[0].max())
+        shares = shares / shares.sum()
+        labels = self.metadata.get("class_names") or [str(i) for i in range(len(shares))]
+        return [(labels[i], float(shares[i])) for i in np.argsort(-shares, kind="stable")]
+
+    def _mask(self, output: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        classes = output[0].argmax(0) if output.shape[1] > 1 else output[0, 0] > 0
+        mask = Image.fromarray(classes.astype(np.int32)).resize(size, Image.Resampling.NEAREST)
+        return np.asarray(mask)
+
+
+def _load(path: str, runtimes: tuple[str, ...]) -> tuple[Run, str | None]:
+    """A function from an array to output arrays, and the metadata's text."""
+    for runtime in runtimes:
+        try:
+            return _load_onnxruntime(path) if runtime == "onnxruntime" else _load_openvino(path)
+        except ImportError:
+            continue
+    raise ImportError(f"{path} needs {' or '.join(runtimes)}: pip install {runtimes[0]}")
+
+
+def _load_onnxruntime(path: str) -> tuple[Run, str | None]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda array: session.run(None, {name: array}), session.get_modelmeta().custom_metadata_map.get(_KEY)
+
+
+def _load_openvino(path: str) -> tuple[Run, str | None]:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    if not path.endswith(".xml"):
+        text = _onnx_metadata(path)
+    else:
+        text = model.get_rt_info(_KEY).astype(str) if model.has_rt_info(_KEY) else None
+    return lambda array: list(compiled([array]).values()), text
+
+
+def _onnx_metadata(path: str) -> str | None:
+    """Read one entry of an ONNX file's metadata, a protocol buffer, without the onnx package."""
+    with open(path, "rb") as file:
+        while field := _number(file):
+            # Field 14 of ModelProto is metadata_props; of its entries 1 is the key and 2 the value (onnx.proto).
+            if field & 7 == 0:
+                _number(file)
+            elif field >> 3 != 14:
+                file.seek(_number(file), os.SEEK_CUR)
+            else:
+                length, entry = _number(file), dict[int, str]()
+                end = file.tell() + length
+                while file.tell() < end:
+                    part = _number(file) >> 3
+                    entry[part] = file.read(_number(file)).decode()
+                if entry.get(1) == _KEY:
+                    return entry[2]
+    return None
+
+
+def _number(file: BinaryIO) -> int:
+    """A variable-length integer, 0 at the end of the file."""
+    value = shift = 0
+    while byte := file.read(1):
+        value |= (byte[0] & 127) << shift
+        if byte[0] < 128:
+            return value
+        shift += 7
+    return 0

@@ -1,0 +1,78 @@
+"""Programs of torch.export (.pt2) that load without this package."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .inputs import capture_open, check_dynamic, shapes_of
+from .lower import as_args, blocks_of, lower_unpooling
+from .verify import KEY, check_outputs, judge, write_report
+
+__all__ = ["to_exported_program"]
+
+
+def to_exported_program(
+    model: nn.Module,
+    example: Tensor | tuple[Any, ...],
+    path: str | Path,
+    *,
+    dynamic: Sequence[str] = ("batch",),
+    lowering: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a model as a program of torch.export with its unpoolings lowered, and check it at several sizes.
+
+    torch.export's own checks in the file refuse open sizes at which some map shrinks to a single cell.
+
+    Args:
+        model: a module in evaluation mode, on the CPU.
+        example: its positional arguments, a tensor or a tuple.
+        path: file to write, `.pt2`.
+        dynamic: axes of the inputs to leave open: `batch`, and `length`, `height`, `width` or `depth` by rank.
+        lowering: as for `lower_unpooling`.
+        metadata: JSON-ready entries, stored as the extra file `poolskip_zoo`.
+
+    Returns:
+        The report that lies beside the file as `<path>.json`.
+
+    Raises:
+        ValueError: if an option is unknown, an unpooling cannot be lowered, or the model cannot have the open axes.
+        RuntimeError: if the check fails; then there is no file.
+    """
+    path, args = Path(path), as_args(example)
+    if path.suffix != ".pt2":
+        raise ValueError(f"path={str(path)!r}: expected a name that ends in .pt2")
+    check_dynamic(args, dynamic)
+    inputs, captured = capture_open(model, args, dynamic)
+    lowered = lower_unpooling(captured, lowering=lowering)
+    with torch.no_grad():
+        program = torch.export.export(lowered, inputs[0], dynamic_shapes=shapes_of(inputs[0], dynamic), strict=False)
+    used = sorted({block.lowering for block in blocks_of(lowered)})
+    report = {"file": path.name, "dynamic": list(dynamic), "lowering": used, **(metadata or {})}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # torch refuses names that do not end in .pt2.
+    temporary = path.with_name(f".{path.name}")
+    try:
+        torch.export.save(program, temporary, extra_files={KEY: json.dumps(report)})
+        loaded = torch.export.load(temporary).module()
+
+        def run(arrays: Any) -> list[Any]:
+            from torch.utils._pytree import tree_leaves
+
+            with torch.no_grad():
+                outputs = loaded(*map(torch.from_numpy, arrays))
+            return [each.numpy() for each in tree_leaves(outputs) if isinstance(each, Tensor)]
+
+        # The smallest is left out: the checks of sizes in the file refuse maps of a single cell.
+        report["outputs"] = check_outputs(run, model, inputs[:2], False)
+        judge(report["outputs"], path)
+        report.pop("class_names", None)
+        write_report(path, report)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return report

@@ -1,0 +1,260 @@
+"""ONNX files for several runtimes, checked in the runtime before they are kept."""
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_map
+
+from . import verify
+from .inputs import axes_of, capture_open, check_dynamic, shapes_of, unguarded
+from .lower import as_args, blocks_of, lower_program
+from .targets import check_drop_in, check_target
+from .verify import KEY, write_report
+
+__all__ = ["to_onnx"]
+
+
+def to_onnx(
+    model: nn.Module,
+    example: Tensor | tuple[Any, ...],
+    path: str | Path,
+    target: str = "onnxruntime",
+    *,
+    dynamic: Sequence[str] | None = None,
+    opset: int = 18,
+    half: bool = False,
+    lowering: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a model as an ONNX file that its target runs fast and exactly, and check it there.
+
+    Every max-unpooling takes the target's form (see `lower_unpooling`). The file is kept only if every unpooling
+    equals torch's to the bit on ties, odd sizes and random values, and the whole model equals eager mode within a
+    tolerance at several sizes. A report, `<path>.json`, and the stand-alone `poolskip_predictor.py` lie beside it.
+
+    Args:
+        model: a module in evaluation mode, on the CPU, in float32.
+        example: its positional arguments, a tensor or a tuple.
+        path: file to write, `.onnx`.
+        target: one of `TARGETS`; ncnn takes fixed sizes alone. Targets whose runtime is not here are checked in ONNX
+            Runtime's CPU provider.
+        dynamic: axes of the inputs to leave open: `batch`, and `length`, `height`, `width` or `depth` by rank; None
+            leaves the batch open where the target can.
+        opset: version of ONNX's operator set, at least 18.
+        half: whether weights and computation are float16; inputs and outputs stay float32.
+        lowering: one of `LOWERINGS` in place of the target's own.
+        metadata: JSON-ready entries for the file, which `Predictor` reads: `class_names`, `mean`, `std`, `input_size`,
+            `interpolation`, `crop_pct`, `crop_mode`, `checkpoint`, ….
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: if an option is unknown, an unpooling cannot be lowered, or the model cannot have the open axes.
+        RuntimeError: if a check fails; then there is no file.
+        ImportError: if onnx, onnxscript or the runtime is missing; it names the extra to install.
+    """
+    path, args = Path(path), as_args(example)
+    choice = check_target(target, lowering)
+    if path.suffix != ".onnx":
+        raise ValueError(f"path={str(path)!r}: expected a name that ends in .onnx")
+    if opset < 18:
+        raise ValueError(f"opset={opset}: expected at least 18")
+    if dynamic is None:
+        dynamic = ("batch",) if choice.dynamic else ()
+    check_dynamic(args, dynamic)
+    if dynamic and not choice.dynamic:
+        raise ValueError(f"dynamic={tuple(dynamic)!r}: {target} takes fixed sizes alone; pass dynamic=()")
+    check_drop_in(model, target, lowering)
+    reference = model
+    if half:
+        if len(args) != 1:
+            raise ValueError(f"half=True: the model has {len(args)} inputs, and one is supported")
+        model = _Half(model).train(model.training)
+    inputs, program = capture_open(model, args, dynamic)
+    args = inputs[0]
+    with _explained():
+        from .onnx_forms import OPERATORS
+
+        lowered = unguarded(lower_program(program, target, lowering, OPERATORS))
+        proto, made = _export(lowered, args, dynamic, opset)
+    blocks = [_block(block, half) for block in blocks_of(lowered)]
+    facts = {**_facts(target, opset, half, dynamic, blocks), **(metadata or {})}
+    _finish(proto, args, dynamic, facts)
+    report = {"file": path.name, **facts, "checked_in": verify.checked_in(choice.runtime), "blocks": blocks}
+    report.pop("class_names", None)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_bytes(proto.SerializeToString())
+        report["bit_comparisons"] = verify.check_blocks(proto, made, blocks, choice.runtime)
+        run = verify.runner(temporary, choice.runtime)
+        report["outputs"] = verify.check_outputs(run, model, inputs, half)
+        if half:
+            # For the user to judge: float16 rounds, and so flips near-ties by itself.
+            report["beside_float32"] = verify.check_outputs(run, reference, inputs, half)
+        report["outputs"]["flipped_windows"] = _flips(proto, made, lowered, inputs, blocks, choice.runtime)
+        verify.judge(report["outputs"], path)
+        _write_beside(path, report)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return report
+
+
+class _Half(nn.Module):
+    """A float16 copy of a model of one input, with float32 input and outputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).half()
+
+    def forward(self, x: Tensor) -> Any:
+        return tree_map(lambda value: value.float(), self.model(x.half()))
+
+
+def _export(lowered: GraphModule, args: tuple[Any, ...], dynamic: Sequence[str], opset: int) -> tuple[Any, list[Any]]:
+    """The ONNX model, and what became of each unpooling in it."""
+    from .onnx_forms import Translation, translations
+
+    made: list[Translation] = []
+    with torch.no_grad():
+        program = torch.export.export(lowered, args, dynamic_shapes=shapes_of(args, dynamic), strict=False)
+        exported = torch.onnx.export(
+            program,
+            args,
+            dynamo=True,
+            opset_version=opset,
+            custom_translation_table=translations(made),
+            verbose=False,
+        )
+    assert exported is not None
+    return exported.model_proto, made
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Name the extra to install, and keep the exporter from announcing every step."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(f"the export needs {error.name}: pip install 'poolskip-zoo[export]'") from error
+    finally:
+        logger.setLevel(level)
+
+
+def _block(block: Any, half: bool) -> dict[str, Any]:
+    # F.max_unpool1d works on (N, C, L, 1).
+    window = [*block.window, 1] if len(block.window) == 1 else list(block.window)
+    entry = {"name": block.name, "source": block.source, "lowering": block.lowering, "window": window}
+    return {**entry, "ceil_mode": block.ceil_mode, "own": block.own, "half": half, "reason": block.reason}
+
+
+def _facts(target: str, opset: int, half: bool, dynamic: Sequence[str], blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    from poolskip_zoo import __version__
+
+    used = sorted({block["lowering"] for block in blocks})
+    return {
+        "package_version": __version__,
+        "target": target,
+        "opset": opset,
+        "half": half,
+        "dynamic": list(dynamic),
+        "lowering": used[0] if len(used) == 1 else used,
+    }
+
+
+def _finish(proto: Any, args: tuple[Any, ...], dynamic: Sequence[str], facts: dict[str, Any]) -> None:
+    """Readable names of open axes, and the metadata."""
+    renamed = {}
+    for value, spec in zip((each for each in args if isinstance(each, Tensor)), proto.graph.input, strict=False):
+        for axis, name in axes_of(value).items():
+            dim = spec.type.tensor_type.shape.dim[axis]
+            if name in dynamic and dim.dim_param:
+                renamed[dim.dim_param] = name
+    for spec in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dim in spec.type.tensor_type.shape.dim:
+            if dim.dim_param in renamed:
+                dim.dim_param = renamed[dim.dim_param]
+    for value in proto.graph.node:
+        # The exporter's notes on every node hold paths of the machine.
+        del value.metadata_props[:]
+    del proto.metadata_props[:], proto.graph.metadata_props[:]
+    entry = proto.metadata_props.add()
+    entry.key, entry.value = KEY, json.dumps(facts)
+
+
+def _flips(
+    proto: Any,
+    made: list[Any],
+    lowered: GraphModule,
+    inputs: list[tuple[Any, ...]],
+    blocks: list[dict[str, Any]],
+    runtime: str,
+) -> float:
+    """Share of windows whose maximum lies elsewhere than in eager mode."""
+    import onnx
+
+    from .onnx_forms import OPERATORS
+
+    chosen = [i for i, block in enumerate(blocks) if block["lowering"] != "scatter"]
+    calls = [node for node in lowered.graph.nodes if node.target in OPERATORS.values()]
+    pooled = [calls[i].args[1] for i in chosen]
+    # A map that is an input of the model is the same in both.
+    given = {value.name for value in proto.graph.input}
+    names = [made[i].inputs[-1].name for i in chosen]
+    asked = list(dict.fromkeys(name for name in names if name not in given))
+    if not asked:
+        return 0.0
+    extended = onnx.ModelProto()
+    extended.CopyFrom(proto)
+    known = {value.name: value for value in (*proto.graph.value_info, *proto.graph.output)}
+    del extended.graph.output[:]
+    extended.graph.output.extend(known[name] for name in asked)
+    run = verify.runner(extended.SerializeToString(), runtime)
+
+    ours, theirs, windows = [], [], []
+    for args in inputs:
+        with torch.no_grad():
+            watch = _Watch(lowered, pooled)
+            watch.run(*args)
+        outputs = dict(zip(asked, run([each.numpy() for each in args]), strict=True))
+        for i, node, name in zip(chosen, pooled, names, strict=True):
+            if name in outputs:
+                ours.append(watch.seen[node])
+                theirs.append(torch.from_numpy(outputs[name]))
+                windows.append((blocks[i]["window"], blocks[i]["ceil_mode"]))
+    return verify.flipped_windows(ours, theirs, windows)
+
+
+class _Watch(torch.fx.Interpreter):
+    """Runs a graph and keeps the results of some nodes."""
+
+    def __init__(self, module: GraphModule, nodes: list[torch.fx.Node]) -> None:
+        super().__init__(module)
+        self.watched, self.seen = set(nodes), dict[torch.fx.Node, Tensor]()
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self.watched:
+            self.seen[n] = result.detach().clone()
+        return result
+
+
+def _write_beside(path: Path, report: dict[str, Any]) -> None:
+    """The report, and the predictor that needs no torch."""
+    write_report(path, report)
+    shutil.copyfile(Path(__file__).with_name("predictor.py"), path.with_name("poolskip_predictor.py"))

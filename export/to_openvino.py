@@ -1,0 +1,80 @@
+"""OpenVINO's own files (.xml with .bin)."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .to_onnx import to_onnx
+from .verify import KEY, check_outputs, judge, runner, write_report
+
+__all__ = ["to_openvino"]
+
+
+def to_openvino(
+    model: nn.Module,
+    example: Tensor | tuple[Any, ...],
+    path: str | Path,
+    *,
+    dynamic: Sequence[str] | None = None,
+    half: bool = False,
+    lowering: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a model in OpenVINO's format and check it there.
+
+    OpenVINO reads ONNX files too: `to_onnx(..., target="openvino")` is enough for most uses.
+
+    Args:
+        model: a module in evaluation mode, on the CPU, in float32.
+        example: its positional arguments, a tensor or a tuple.
+        path: file to write, `.xml`; the weights go to `.bin` beside it.
+        dynamic: as for `to_onnx`.
+        half: as for `to_onnx`.
+        lowering: as for `to_onnx`.
+        metadata: as for `to_onnx`; kept in the file's runtime information.
+
+    Returns:
+        The report that lies beside the file as `<path>.json`.
+
+    Raises:
+        ValueError: as `to_onnx`.
+        RuntimeError: if a check fails; then there is no file.
+        ImportError: if openvino is missing; it names the extra to install.
+    """
+    path = Path(path)
+    if path.suffix != ".xml":
+        raise ValueError(f"path={str(path)!r}: expected a name that ends in .xml")
+    try:
+        import openvino
+    except ImportError as error:
+        raise ImportError("the export needs openvino: pip install 'poolskip-zoo[export]'") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the finished files can be renamed into place.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        onnx_file, converted = Path(folder, "model.onnx"), Path(folder, path.name)
+        report = to_onnx(
+            model, example, onnx_file, "openvino", dynamic=dynamic, half=half, lowering=lowering, metadata=metadata
+        )
+        facts = {key: value for key, value in report.items() if key not in ("file", "blocks", "outputs")}
+        program = openvino.Core().read_model(str(onnx_file))
+        program.set_rt_info(json.dumps({**facts, **(metadata or {})}), KEY)
+        openvino.save_model(program, str(converted), compress_to_fp16=half)
+        generator = torch.Generator().manual_seed(1)
+        inputs = [
+            tuple(torch.randn(shape, generator=generator) for shape in shapes) for shapes in report["outputs"]["inputs"]
+        ]
+        flipped = report["outputs"]["flipped_windows"]
+        report["outputs"] = check_outputs(runner(converted, "openvino"), model, inputs, half)
+        report["outputs"]["flipped_windows"] = flipped
+        judge(report["outputs"], path)
+        report["file"] = path.name
+        write_report(path, report)
+        for suffix in (".bin", ".xml"):
+            converted.with_suffix(suffix).replace(path.with_suffix(suffix))
+        Path(folder, "poolskip_predictor.py").replace(path.with_name("poolskip_predictor.py"))
+    return report

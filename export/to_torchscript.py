@@ -1,0 +1,109 @@
+"""TorchScript files that load without this package."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .inputs import check_dynamic, open_inputs, unguarded
+from .lower import as_args, lower_unpooling
+from .verify import KEY, check_outputs, judge, write_report
+
+__all__ = ["to_torchscript"]
+
+
+def to_torchscript(
+    model: nn.Module,
+    example: Tensor | tuple[Any, ...],
+    path: str | Path,
+    method: str = "trace",
+    *,
+    dynamic: Sequence[str] = ("batch",),
+    metadata: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a model as TorchScript and check it at several sizes.
+
+    Pool Skip traces and scripts by itself; torch's
+    unpooling does not trace, so a model with it is lowered first (`lower_unpooling`).
+
+    Args:
+        model: a module in evaluation mode, on the CPU.
+        example: its positional arguments, a tensor or a tuple.
+        path: file to write.
+        method: `trace` or `script`.
+        dynamic: axes of the inputs that must be open, as for `to_onnx`; a script leaves all open that the model's code
+            does, a trace holds one path through it.
+        metadata: JSON-ready entries, stored as the extra file `poolskip_zoo`.
+
+    Returns:
+        The report that lies beside the file as `<path>.json`.
+
+    Raises:
+        ValueError: if an option is unknown, the model trains, or cannot have the open axes.
+        RuntimeError: if the model does not script, or the check fails; then there is no file.
+    """
+    if method not in ("trace", "script"):
+        raise ValueError(f"method={method!r}: expected 'trace' or 'script'")
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() first")
+    path, args = Path(path), as_args(example)
+    check_dynamic(args, dynamic)
+    with torch.no_grad():
+        inputs = _inputs(model, args, dynamic)
+        module = torch.jit.script(model) if method == "script" else _trace(model, inputs[0])
+    report = {"file": path.name, "method": method, "dynamic": list(dynamic), **(metadata or {})}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    try:
+        torch.jit.save(module, temporary, _extra_files={KEY: json.dumps(report)})
+        loaded = torch.jit.load(temporary)
+
+        def run(arrays: Any) -> list[Any]:
+            with torch.no_grad():
+                return [each.numpy() for each in _leaves(loaded(*map(torch.from_numpy, arrays)))]
+
+        report["outputs"] = check_outputs(run, model, inputs, False)
+        judge(report["outputs"], path)
+        report.pop("class_names", None)
+        write_report(path, report)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return report
+
+
+def _trace(model: nn.Module, args: tuple[Any, ...]) -> Any:
+    try:
+        traced = torch.jit.trace(model, args, check_trace=False)
+        if "aten::max_unpool" not in str(traced.inlined_graph):
+            return traced
+    except TypeError as error:
+        # What F.max_unpool raises while it is traced; older releases freeze its sizes.
+        if "cond must be a bool" not in str(error):
+            raise
+    return torch.jit.trace(unguarded(lower_unpooling(model, args)), args, check_trace=False)
+
+
+def _inputs(model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Arguments of several sizes of the open axes."""
+    for inputs in open_inputs(args, dynamic):
+        try:
+            with torch.no_grad():
+                for each in inputs:
+                    model(*each)
+            return inputs
+        except (RuntimeError, AssertionError) as error:
+            failure = error
+    raise ValueError(
+        f"the model does not run at every size of {', '.join(dynamic)}: {str(failure).strip().splitlines()[0]}; "
+        "leave fewer axes open"
+    ) from failure
+
+
+def _leaves(outputs: Any) -> list[Tensor]:
+    from torch.utils._pytree import tree_leaves
+
+    return [each for each in tree_leaves(outputs) if isinstance(each, Tensor)]

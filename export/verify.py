@@ -1,0 +1,289 @@
+"""Checks of an exported file in its runtime: every unpooling to the bit, the whole model against eager mode."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .onnx_forms import Translation
+
+__all__ = ["KEY", "check_blocks", "check_outputs", "checked_in", "flipped_windows", "judge", "runner", "write_report"]
+
+# Name of the metadata inside a file.
+KEY = "poolskip_zoo"
+
+Run = Callable[[Sequence[Any]], list[Any]]
+
+_Shape = list[int | None]
+_Cases = Iterator[tuple[str, list[Tensor], Tensor]]
+
+# Height, width and depth where the file leaves them open: odd, divisible, and below most windows.
+_SIZES = ([17, 13, 9], [8, 12, 4], [5, 6, 7])
+
+# Largest error of an output relative to the largest output: float32 sums in another order, float16 weights.
+TOLERANCE = {False: 1e-3, True: 3e-2}
+# Share of equal classes (or mask pixels) that is asked for where near-ties flip.
+AGREEMENT = 0.995
+
+
+def runner(model: str | Path | bytes, runtime: str) -> Run:
+    """Load an ONNX or OpenVINO model.
+
+    Args:
+        model: file, or an ONNX model's bytes.
+        runtime: `onnxruntime`, `onnxruntime-cuda` (on the CPU where there is no GPU) or `openvino`.
+
+    Returns:
+        A function from input arrays to output arrays.
+
+    Raises:
+        ImportError: if the runtime is missing; it names the extra to install.
+        RuntimeError: if the runtime refuses the model.
+    """
+    try:
+        if runtime == "openvino":
+            import openvino
+
+            core = openvino.Core()
+            read = core.read_model(model if isinstance(model, bytes) else str(model))
+            # Some processors would compute in bfloat16 otherwise.
+            compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            return lambda arrays: list(compiled(list(arrays)).values())
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model), options, providers=_providers(runtime)
+        )
+    except ImportError as error:
+        raise ImportError(f"checking the file needs {runtime}: pip install 'poolskip-zoo[export]'") from error
+    names = [each.name for each in session.get_inputs()]
+    return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
+
+
+def _providers(runtime: str) -> list[str]:
+    import onnxruntime
+
+    cuda = ["CUDAExecutionProvider"] if runtime == "onnxruntime-cuda" else []
+    return [name for name in (*cuda, "CPUExecutionProvider") if name in onnxruntime.get_available_providers()]
+
+
+def checked_in(runtime: str) -> str:
+    """Where a file is really run.
+
+    Args:
+        runtime: `onnxruntime`, `onnxruntime-cuda` or `openvino`.
+
+    Returns:
+        Name and device, such as `onnxruntime CPUExecutionProvider` on a machine without a GPU.
+    """
+    return "openvino CPU" if runtime == "openvino" else f"onnxruntime {_providers(runtime)[0]}"
+
+
+def check_outputs(run: Run, reference: Callable[..., Any], inputs: list[tuple[Any, ...]], half: bool) -> dict[str, Any]:
+    """Compare all outputs with eager mode's.
+
+    Args:
+        run: the exported model.
+        reference: the model.
+        inputs: arguments, each of another size.
+        half: whether the weights are float16.
+
+    Returns:
+        Largest relative error, share of equal classes and the shapes, JSON-ready.
+
+    Raises:
+        RuntimeError: if the export fails at a size, or gives another shape.
+    """
+    from torch.utils._pytree import tree_leaves
+
+    worst, agree, total, shapes = 0.0, 0, 0, []
+    for args in inputs:
+        given = [list(each.shape) for each in args]
+        with torch.no_grad():
+            expected = [each for each in tree_leaves(reference(*args)) if isinstance(each, Tensor)]
+        try:
+            outputs = run([each.numpy() for each in args])
+        except Exception as error:
+            raise RuntimeError(f"the exported file fails at input {given}: {str(error).splitlines()[0]}") from error
+        for output, target in zip(outputs, expected, strict=True):
+            got = torch.from_numpy(output)
+            if got.shape != target.shape:
+                raise RuntimeError(
+                    f"at input {given} the exported file gives shape {list(got.shape)}, the model {list(target.shape)}"
+                )
+            if target.is_floating_point():
+                scale = target.abs().max().clamp(min=torch.finfo(target.dtype).tiny)
+                worst = max(worst, float((got - target).abs().max() / scale))
+            if target.dim() > 1:
+                same = got.argmax(1) == target.argmax(1) if target.shape[1] > 1 else (got > 0) == (target > 0)
+                agree, total = agree + int(same.sum()), total + same.numel()
+        shapes.append(given)
+    return {
+        "max_relative_error": worst,
+        "tolerance": TOLERANCE[half],
+        "agreement": agree / total if total else 1.0,
+        "inputs": shapes,
+    }
+
+
+def judge(outputs: dict[str, Any], path: Path) -> None:
+    """Refuse a file that differs from eager mode by more than flipped near-ties explain.
+
+    Args:
+        outputs: what `check_outputs` found, with `flipped_windows` where that was measured.
+        path: the file, for the message.
+
+    Raises:
+        RuntimeError: naming the measured and the allowed difference.
+    """
+    error, limit = outputs["max_relative_error"], outputs["tolerance"]
+    flipped = outputs.get("flipped_windows", 0.0)
+    close = error <= limit
+    if math.isnan(error) or not (close or flipped > 0):
+        raise RuntimeError(
+            f"{path.name} is not kept: its outputs differ from eager mode's by {error:.1e} of the largest (allowed: "
+            f"{limit:.0e}) at inputs {outputs['inputs']}, and no near-tie flipped"
+        )
+    if not close and outputs["agreement"] < AGREEMENT:
+        raise RuntimeError(
+            f"{path.name} is not kept: only {outputs['agreement']:.1%} of the classes equal eager mode's (asked: "
+            f"{AGREEMENT:.1%}); {flipped:.2%} of the windows flipped"
+        )
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write `<path>.json` beside an exported file.
+
+    Args:
+        path: the exported file.
+        report: JSON-ready facts and measurements.
+    """
+    temporary = path.with_name(f".{path.name}.json")
+    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path.with_name(f"{path.name}.json"))
+
+
+def flipped_windows(ours: list[Tensor], theirs: list[Tensor], windows: list[tuple[list[int], bool]]) -> float:
+    """Share of pooling windows whose maximum lies elsewhere in the two runs, as it may between near-equal values.
+
+    Args:
+        ours: the pooled maps in eager mode.
+        theirs: the same in the runtime.
+        windows: window and `ceil_mode` of each.
+
+    Returns:
+        A share of 1.
+    """
+    flipped = total = 0
+    for a, b, (window, ceil_mode) in zip(ours, theirs, windows, strict=True):
+        places = [_indices(each.float(), window, ceil_mode) for each in (a, b)]
+        flipped, total = flipped + int((places[0] != places[1]).sum()), total + places[0].numel()
+    return flipped / total if total else 0.0
+
+
+def check_blocks(model: Any, made: list[Translation], blocks: list[dict[str, Any]], runtime: str) -> int:
+    """Cut each unpooling out of the file and compare it with torch's, on ties, odd sizes and random values.
+
+    Args:
+        model: the `onnx.ModelProto`.
+        made: ONNX values of each unpooling.
+        blocks: window (with as many axes as the map), `ceil_mode` and `own` of each.
+        runtime: `onnxruntime` or `openvino`.
+
+    Returns:
+        How many comparisons were made.
+
+    Raises:
+        RuntimeError: naming the first unpooling that is not equal.
+    """
+    from onnx.utils import Extractor
+
+    extractor, compared = Extractor(model), 0
+    fixed = {
+        value.name: _fixed_shape(value) for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    }
+    for translation, block in zip(made, blocks, strict=True):
+        names, output = [value.name for value in translation.inputs], translation.output.name
+        missing = {*names, output} - _values(model)
+        if missing:
+            raise RuntimeError(f"the exported graph has lost {missing}, where {block['name']} would be checked")
+        run = runner(extractor.extract_model(names, [output]).SerializeToString(), runtime)
+        cases = _scatter_cases if block["lowering"] == "scatter" else _mask_cases
+        for case, tensors, expected in cases(block, fixed[names[0]], fixed[names[-1]], fixed[output]):
+            got = torch.from_numpy(run([each.numpy() for each in tensors])[0])
+            compared += 1
+            if not torch.equal(got, expected):
+                wrong = int((got != expected).sum())
+                raise RuntimeError(
+                    f"{block['name']} ({block['source']}): the exported form {block['lowering']!r} differs from torch "
+                    f"in {wrong} of {expected.numel()} values on {case}"
+                )
+    return compared
+
+
+def _values(model: Any) -> set[str]:
+    names = {value.name for value in model.graph.input}
+    return names.union(*(node.output for node in model.graph.node))
+
+
+def _fixed_shape(value: Any) -> _Shape:
+    return [dim.dim_value or None for dim in value.type.tensor_type.shape.dim]
+
+
+def _mask_cases(block: dict[str, Any], _: _Shape, x_shape: _Shape, output_shape: _Shape) -> _Cases:
+    """Name, inputs and expected output of each comparison."""
+    window, generator = list(block["window"]), torch.Generator().manual_seed(0)
+    dtype = torch.float16 if block["half"] else torch.float32
+    for sizes in _SIZES:
+        spatial = [fixed or size for size, fixed in zip(sizes, x_shape[2:], strict=False)]
+        shape = [(x_shape[0] or 2), (x_shape[1] or 3), *spatial]
+        random = torch.randn(shape, generator=generator)
+        kinds = {
+            "random values": random,
+            "ties": torch.randint(-2, 3, shape, generator=generator).float(),
+            "rectified values": random.relu(),
+        }
+        for kind, x in kinds.items():
+            x = x.to(dtype)
+            pooled, indices = _pool(x.float(), window, block["ceil_mode"])
+            values = (pooled if block["own"] else torch.randn(pooled.shape, generator=generator)).to(dtype)
+            yield f"{kind} of size {spatial}", [x] if block["own"] else [values, x], _unpool(values, indices, spatial)
+        if None not in x_shape[2:]:
+            return
+
+
+def _scatter_cases(block: dict[str, Any], values_shape: _Shape, _: _Shape, output_shape: _Shape) -> _Cases:
+    """The same where the indices are an input: any distinct ones."""
+    generator = torch.Generator().manual_seed(0)
+    spatial = [fixed or size for size, fixed in zip(_SIZES[0], output_shape[2:], strict=False)]
+    cells = math.prod(spatial)
+    shape = [(values_shape[0] or 2), (values_shape[1] or 3), *(fixed or 3 for fixed in values_shape[2:])]
+    values = torch.randn(shape, generator=generator).to(torch.float16 if block["half"] else torch.float32)
+    order = torch.rand([shape[0], shape[1], cells], generator=generator).argsort(-1)
+    indices = order[..., : math.prod(shape[2:])].reshape(shape)
+    open_sizes = [torch.tensor(size) for size, fixed in zip(spatial, output_shape[2:], strict=True) if fixed is None]
+    yield f"indices of size {spatial}", [values, indices, *open_sizes], _unpool(values, indices, spatial)
+
+
+def _pool(x: Tensor, window: list[int], ceil_mode: bool) -> tuple[Tensor, Tensor]:
+    function = F.max_pool2d if len(window) == 2 else F.max_pool3d
+    return function(x, window, window, ceil_mode=ceil_mode, return_indices=True)
+
+
+def _indices(x: Tensor, window: list[int], ceil_mode: bool) -> Tensor:
+    return _pool(x, window, ceil_mode)[1]
+
+
+def _unpool(values: Tensor, indices: Tensor, size: list[int]) -> Tensor:
+    if len(size) == 2:
+        unpooled = torch.ops.aten.max_unpool2d(values.float(), indices, size)
+    else:
+        unpooled = torch.ops.aten.max_unpool3d(values.float(), indices, size, [1] * 3, [0] * 3)
+    return unpooled.to(values.dtype)

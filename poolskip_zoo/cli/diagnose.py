@@ -1,0 +1,200 @@
+"""`poolskip diagnose`: what the filters of a model are like, and which do nothing."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HELP = "measure a model's filters: sparsity, inert and dead ones, variety, gradients"
+# Images of one forward and backward pass.
+_BATCH = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments.
+
+    Args:
+        parser: parser of this verb.
+    """
+    what = "model of timm or ours (with a tag its weights, else fresh ones), safetensors file, or run folder"
+    parser.add_argument("name", metavar="MODEL_OR_CHECKPOINT", help=what)
+    parser.add_argument("--compare", metavar="OTHER", help="a second one, shown beside the first")
+    parser.add_argument("--data-dir", help="data folder (default: the environment variable POOLSKIP_DATA_DIR)")
+    parser.add_argument("--dataset", help="data set (default: the one that the checkpoint was trained on)")
+    parser.add_argument(
+        "--images", type=int, default=512, metavar="N", help="held-out training images, 0: none (default: 512)"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for one picture a measure")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure one model, or two.
+
+    Args:
+        args: parsed arguments.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError: if a model or data set is unknown, or they do not fit.
+        FileNotFoundError: if a file or data are missing.
+        RuntimeError: if weights cannot be had or do not fit.
+        ImportError: if `--output` is given and matplotlib is missing.
+    """
+    import json
+
+    import torch
+
+    from ..diagnostics import diagnose, draw, table
+
+    if args.images < 0:
+        raise ValueError(f"--images {args.images} must be at least 0")
+    if args.name == args.compare:
+        raise ValueError(f"--compare {args.compare}: the two are the same")
+    subjects = [_load(name) for name in (args.name, args.compare) if name]
+    # A model whose data are not known is shown those of the model beside it.
+    dataset = args.dataset or next((each.dataset for each in subjects if each.dataset), None)
+    # Both are shown the same images, also where only one of them says how many are held out.
+    held_out = [each.recipe.hold_out for each in subjects if each.recipe and each.recipe.hold_out > 0]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found, facts = [], []
+    for subject in subjects:
+        subject.dataset = args.dataset or subject.dataset or dataset
+        batches = _batches(args, subject, device, *held_out[:1])
+        found.append(diagnose(subject.model.to(device), batches))
+        facts.append(
+            {"name": subject.name, "weights": subject.weights, "dataset": subject.dataset if batches else None}
+        )
+    if args.json:
+        print(json.dumps({"models": [{**fact, **each.to_dict()} for fact, each in zip(facts, found, strict=True)]}))
+    else:
+        for fact, each in zip(facts, found, strict=True):
+            shown = f"{each.images} images of {fact['dataset']}" if each.images else "weights alone"
+            print(f"{fact['name']}: {fact['weights']}; {shown}")
+            for name, reason in each.left_out.items():
+                print(f"  left out: {name}: {reason}")
+        print(table(*found))
+    if args.output:
+        paths = draw(args.output, {subject.name: each for subject, each in zip(subjects, found, strict=True)})
+        if not args.json:
+            print("\n".join(map(str, paths)))
+    return 0
+
+
+@dataclass
+class _Subject:
+    """A model and what is known of it; `recipe` only of a run and of segmentation."""
+
+    name: str
+    model: Any
+    weights: str
+    dataset: str | None
+    recipe: Any = None
+
+
+def _load(name: str) -> _Subject:
+    """Make a model by its name or from its files."""
+    from timm.models import is_model, is_model_pretrained
+
+    from .. import create_model
+    from ..registry.checkpoint import find
+    from .validate import segmentation_model, segments
+
+    path = Path(name)
+    file = path / "model.safetensors" if path.is_dir() else path
+    if file.is_file():
+        return _load_file(name, file)
+    if segments(name, None):
+        recipe, model = segmentation_model(name, None, None)
+        return _Subject(name, model.eval(), "recorded weights", recipe.dataset, recipe)
+    arch, _, tag = name.partition(".")
+    if not is_model(arch):
+        raise ValueError(f"{name!r} is no model, file or run folder; `poolskip list` prints the names")
+    if tag and not is_model_pretrained(name):
+        raise ValueError(f"{arch} has no weights {tag!r}; without a tag fresh ones are measured")
+    record = find(name) if tag else None
+    model = create_model(name, pretrained=bool(tag))
+    return _Subject(name, model, f"weights {tag}" if tag else "fresh weights", record.dataset if record else None)
+
+
+def _load_file(name: str, file: Path) -> _Subject:
+    """Make the model of a safetensors file by what stands beside it."""
+    from .. import create_model
+    from ..registry.segmentation import load_weights
+    from ..training import load_recipe
+    from ..training.task import make_task
+
+    if file.with_name("recipe.yaml").is_file():
+        recipe = load_recipe(file.with_name("recipe.yaml"))
+        model = load_weights(make_task(recipe).make_model(trained=True), file)
+        return _Subject(name, model, f"trained by {recipe.name}", recipe.dataset, recipe)
+    if file.with_name("config.json").is_file():
+        model = create_model(f"local-dir:{file.parent}", pretrained=True)
+        return _Subject(name, model, f"weights of {file}", None)
+    raise ValueError(f"{file} does not say of which model it is: neither recipe.yaml nor config.json stand beside it")
+
+
+def _batches(args: argparse.Namespace, subject: _Subject, device: Any, hold_out: int = 5000) -> Any:
+    """Batches of held-out images as the model takes them, or None if there is no data folder or none is wanted."""
+    import os
+
+    from ..data import DATASETS
+    from ..data.datasets import DATA_DIR_VARIABLE, SegmentationInfo
+
+    asked = args.data_dir or args.dataset
+    if not args.images or not (asked or os.environ.get(DATA_DIR_VARIABLE)):
+        return None
+    if subject.dataset is None:
+        if asked:
+            raise ValueError(f"it is not known what {subject.name!r} was trained on: give --dataset, or --images 0")
+        return None
+    if subject.dataset not in DATASETS:
+        raise ValueError(f"unknown dataset {subject.dataset!r}: one of {', '.join(DATASETS)}")
+    if isinstance(DATASETS[subject.dataset], SegmentationInfo):
+        return _scene_batches(args, subject, device)
+    return _image_batches(args, subject, device, hold_out)
+
+
+def _image_batches(args: argparse.Namespace, subject: _Subject, device: Any, hold_out: int) -> Any:
+    from ..data import DATASETS, EvalLoader, Split, load_split
+
+    info = DATASETS[subject.dataset or ""]
+    split = load_split(subject.dataset or "", "val", args.data_dir, hold_out=hold_out)
+    chosen = _spread(len(split), args.images)
+    split = Split(split.images[chosen], split.labels[chosen], split.classes)
+    if subject.recipe:
+        mean, std, size = info.mean, info.std, subject.recipe.image_size or info.image_size
+    else:
+        config = subject.model.pretrained_cfg
+        mean, std, size = config["mean"], config["std"], config["input_size"][1]
+    loader = EvalLoader(split, _BATCH, mean=mean, std=std, image_size=size, device=device)
+    # Labels of other classes than the model's say nothing of its loss.
+    labelled = getattr(subject.model, "num_classes", None) == info.num_classes
+    return loader if labelled else (images for images, _ in loader)
+
+
+def _scene_batches(args: argparse.Namespace, subject: _Subject, device: Any) -> Any:
+    """Whole images, padded as segmentation models of smp need it, without labels."""
+    from torch.nn import functional as F
+
+    from ..data import DATASETS
+    from ..data.scene_loader import SceneEvalLoader
+    from ..data.scenes import Scenes, load_scenes
+
+    if not subject.recipe or not subject.recipe.segments:
+        raise ValueError(f"{subject.name} does not segment: give a --dataset with one label for an image")
+    info = DATASETS[subject.recipe.dataset]
+    scenes = load_scenes(subject.recipe.dataset, ("val",), args.data_dir, hold_out=subject.recipe.hold_out)[0]
+    items = [scenes.items[place] for place in _spread(len(scenes), args.images).tolist()]
+    settings: dict[str, Any] = {"image_size": subject.recipe.image_size, "device": device, "batch_size": 1}
+    loader = SceneEvalLoader(Scenes(items, scenes.classes), mean=info.mean, std=info.std, **settings)
+    return (F.pad(x, (0, -x.shape[3] % 32, 0, -x.shape[2] % 32)) for x, _ in loader)
+
+
+def _spread(count: int, wanted: int) -> Any:
+    """Indices evenly spread over a split."""
+    import torch
+
+    return torch.linspace(0, count - 1, min(wanted, count)).round().long()

@@ -1,0 +1,141 @@
+"""`poolskip export`: a model as a file for a runtime, checked in that runtime."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+HELP = "export a model to ONNX, OpenVINO, TorchScript or torch.export, checked in the runtime"
+_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".pt", "pt2": ".pt2"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments.
+
+    Args:
+        parser: parser of this verb.
+    """
+    parser.add_argument("name", metavar="NAME_OR_DIR", help="any timm model or checkpoint of ours, or its folder")
+    parser.add_argument("--target", help="runtime: onnxruntime (default), onnxruntime-cuda, openvino, web, ncnn, …")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: the name in this folder)")
+    parser.add_argument("--format", choices=_SUFFIXES, help="default: by the suffix of --output, else onnx")
+    parser.add_argument(
+        "--dynamic",
+        nargs="*",
+        metavar="AXIS",
+        help="axes to leave open: batch height width; none after it fixes all (default: batch where the target can)",
+    )
+    parser.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="input size (default: the model's)")
+    parser.add_argument("--opset", type=int, default=18, help="ONNX operator set (default: 18)")
+    parser.add_argument("--half", action="store_true", help="float16 weights and computation")
+    parser.add_argument("--lowering", help="keys, native, scatter or arith in place of the target's own")
+    parser.add_argument(
+        "--pretrained",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load weights (default); --no-pretrained takes random ones",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, check, and say what was measured.
+
+    Args:
+        args: parsed arguments.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError: if the model, an option or a combination of options is unknown, or the model cannot be exported so.
+        RuntimeError: if the file differs from the model; then there is none.
+        ImportError: if a library of the target is missing; it names the extra to install.
+    """
+    import torch
+
+    kind = args.format or {suffix: key for key, suffix in _SUFFIXES.items()}.get((args.output or Path()).suffix, "onnx")
+    path = args.output or Path(Path(args.name).name + _SUFFIXES[kind])
+    if args.dynamic is not None:
+        args.dynamic = tuple(args.dynamic)
+    options = _options(args, kind)
+    model = _model(args.name, args.pretrained)
+    metadata = _metadata(model)
+    channels, *size = metadata["input_size"]
+    example = torch.randn(1, channels, *(args.size or size), generator=torch.Generator().manual_seed(0))
+    metadata["input_size"] = list(example.shape[1:])
+    report = _writer(kind)(model, example, path, metadata=metadata, **options)
+    found = report["outputs"]
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    if "blocks" in report:
+        print(f"unpoolings: {len(report['blocks'])}, equal to torch's to the bit in {report['bit_comparisons']} checks")
+        for block in report["blocks"]:
+            if block["reason"]:
+                print(f"  {block['source']}: {block['lowering']}: {block['reason']}")
+    flipped = f", windows flipped {found['flipped_windows']:.2%}" if "flipped_windows" in found else ""
+    print(
+        f"outputs: largest relative error {found['max_relative_error']:.1e}, classes equal {found['agreement']:.2%}"
+        f"{flipped}, at inputs {found['inputs']}"
+    )
+    return 0
+
+
+def _options(args: argparse.Namespace, kind: str) -> dict[str, Any]:
+    """Keywords of the writer; options that the format does not have are refused."""
+    given = {"target": args.target, "lowering": args.lowering, "half": args.half or None, "dynamic": args.dynamic}
+    given["opset"] = None if args.opset == 18 else args.opset
+    known = {
+        "onnx": ("target", "lowering", "half", "dynamic", "opset"),
+        "openvino": ("lowering", "half", "dynamic"),
+        "torchscript": ("dynamic",),
+        "pt2": ("lowering", "dynamic"),
+    }[kind]
+    options = {key: value for key, value in given.items() if value is not None}
+    if kind == "openvino" and options.get("target") == "openvino":
+        options.pop("target")
+    for key in options:
+        if key not in known:
+            raise ValueError(f"--{key}: the format {kind} takes {', '.join(known)}")
+    return options
+
+
+def _writer(kind: str) -> Any:
+    from .. import export
+
+    return {
+        "onnx": export.to_onnx,
+        "openvino": export.to_openvino,
+        "torchscript": export.to_torchscript,
+        "pt2": export.to_exported_program,
+    }[kind]
+
+
+def _model(name: str, pretrained: bool) -> Any:
+    from timm.models import is_model, is_model_pretrained
+
+    from .. import create_model
+
+    if Path(name).is_dir():
+        name = f"local-dir:{name}"
+    elif ":" not in name:
+        if not is_model(name.partition(".")[0]):
+            raise ValueError(f"unknown model {name!r}; `poolskip list` prints the names")
+        if pretrained and not is_model_pretrained(name):
+            raise ValueError(f"{name} has no weights; --no-pretrained exports random ones")
+    return create_model(name, pretrained=pretrained).eval()
+
+
+def _metadata(model: Any) -> dict[str, Any]:
+    """What a predictor needs, of the model's configuration."""
+    from timm.data import resolve_model_data_config
+
+    from ..inference import Classifier
+
+    config = resolve_model_data_config(model)
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    cfg = model.pretrained_cfg
+    checkpoint = ".".join(str(cfg[key]) for key in ("architecture", "tag") if cfg.get(key))
+    return {
+        "task": "classification",
+        **{key: config[key] for key in keys},
+        "class_names": Classifier(model).labels,
+        "checkpoint": checkpoint,
+    }

@@ -1,0 +1,61 @@
+"""``poolskip train-many``: train a list of recipes and seeds, one after another."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "train a list of recipes and seeds within a time limit"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments.
+
+    Args:
+        parser: The verb's parser.
+    """
+    parser.add_argument(
+        "list", help="YAML file of recipes, or of mappings of recipe, seeds and set; or a shipped list: c10"
+    )
+    parser.add_argument("--data-dir", help="data folder (default: the environment variable POOLSKIP_DATA_DIR)")
+    parser.add_argument("--output", default="runs", help="folder of run folders (default: %(default)s)")
+    parser.add_argument("--limit-minutes", type=float, default=0, metavar="M", help="save and stop after M minutes")
+    parser.add_argument("--part-size", default="", metavar="SIZE", help="also leave weights in parts, such as 16MB")
+    parser.add_argument("--test", action="store_true", help="measure each finished run on its test set, once")
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train the list.
+
+    Args:
+        args: The verb's arguments.
+
+    Returns:
+        Exit code: 0 if no run failed, else 1.
+
+    Raises:
+        ValueError: If the list is malformed.
+        FileNotFoundError: If the list or a recipe is missing.
+    """
+    import os
+    from functools import partial
+
+    from ..training import load_list, train_many
+    from ..training.many import SUMMARY
+    from .validate import measure_run
+
+    outcomes = train_many(
+        load_list(args.list),
+        args.data_dir,
+        args.output,
+        limit_seconds=60 * args.limit_minutes,
+        part_size=args.part_size,
+        measure=partial(measure_run, data_dir=args.data_dir) if args.test else None,
+        cpu=args.cpu,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        for outcome in outcomes:
+            recipe = outcome.recipe
+            print(f"{recipe.name}, seed {recipe.seed}: {outcome.state}{outcome.error and ': ' + outcome.error}")
+        print(f"see {os.path.join(args.output, SUMMARY)}")
+    return int(any(outcome.state == "failed" for outcome in outcomes))

@@ -1,0 +1,94 @@
+"""What the card of a segmentation model says that others do not."""
+
+from typing import Any
+
+from ..data import DATASETS
+from ..registry.checkpoint import SegmentationCheckpoint
+
+__all__ = ["COST_SIZE", "GOLDEN_SIZE", "USE", "class_table", "limit", "what"]
+
+# Segmentation models take any size. Of the golden input: small, for the output has a number for each class and pixel.
+GOLDEN_SIZE = (3, 32, 64)
+COST_SIZE = (3, 256, 256)
+
+USE = """\
+```python
+import poolskip_zoo  # registers its encoders and heads with smp
+import segmentation_models_pytorch as smp
+import torch
+
+model = smp.from_pretrained("{repo}").eval()  # or the path of a copy of this folder
+logits = model(torch.rand(1, {shape}))  # (1, {classes}, {spatial}); height and width are multiples of 32
+```
+
+Images are RGB, resized to a shorter side of {side}, and normalised by mean {mean} and standard deviation {std}.
+`poolskip predict {name} IMAGE` does that and draws the result over the image."""
+
+
+def use(record: SegmentationCheckpoint) -> str:
+    """Write how to load a segmentation model.
+
+    Args:
+        record: the checkpoint.
+
+    Returns:
+        Markdown.
+    """
+    data = DATASETS[record.dataset]
+    return USE.format(
+        name=record.name,
+        repo=record.hub_id.partition("@")[0],
+        shape=", ".join(map(str, COST_SIZE)),
+        spatial=", ".join(map(str, COST_SIZE[1:])),
+        classes=data.num_classes,
+        side=f"{record.image_size or data.image_size} pixels" if record.image_size or data.image_size else "any size",
+        mean=data.mean,
+        std=data.std,
+    )
+
+
+def what(record: SegmentationCheckpoint) -> str:
+    """Say how a segmentation model is made, and from what its encoder started.
+
+    Args:
+        record: the checkpoint.
+
+    Returns:
+        One sentence.
+    """
+    arguments: dict[str, Any] = record.model_args
+    encoder, weights = arguments.get("encoder_name", "resnet34"), arguments.get("encoder_weights")
+    start = f"the weights `{weights}`" if weights else "random weights"
+    return f"It is smp's `{record.model}` on the encoder `{encoder}`, which started from {start}."
+
+
+def class_table(record: SegmentationCheckpoint) -> str:
+    """Write the intersection over union of each class.
+
+    Args:
+        record: the checkpoint.
+
+    Returns:
+        A table in Markdown.
+    """
+    lines = ["| class | IoU, % |", "|---|---|"]
+    for label, value in zip(DATASETS[record.dataset].labels or (), record.class_iou, strict=True):
+        lines.append(f"| {label} | {'–' if value is None else f'{value:.2f}'} |")
+    return "\n".join(lines)
+
+
+def limit(record: SegmentationCheckpoint) -> str:
+    """Say what a segmentation model knows.
+
+    Args:
+        record: the checkpoint.
+
+    Returns:
+        One sentence.
+    """
+    data = DATASETS[record.dataset]
+    size = f"a shorter side of {record.image_size} pixels" if record.image_size else "their own size"
+    return (
+        f"Trained and measured on images of {size}, the scores at the labels' full resolution; it tells "
+        f"{data.num_classes} classes apart and knows no others."
+    )

@@ -1,0 +1,53 @@
+"""Triton kernels for CUDA: one pass over memory each, equal to the bit to torch's pooling and unpooling.
+
+The environment variable `POOLSKIP_TRITON=0` turns them off.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+__all__ = ["TRITON_VARIABLE", "applies", "load"]
+
+TRITON_VARIABLE = "POOLSKIP_TRITON"
+
+
+def applies(x: Tensor, window: list[int]) -> bool:
+    """Whether the kernels take this tensor.
+
+    Args:
+        x: any tensor.
+        window: window size along each spatial axis.
+
+    Returns:
+        True for a 2-D map of float32, float16 or bfloat16 on a CUDA device, contiguous or channels_last.
+    """
+    return (
+        x.device.type == "cuda"
+        and type(x) in (Tensor, torch.nn.Parameter)  # subclasses may hold no memory, or several
+        and len(window) == 2
+        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
+        and x.numel() > 0
+        and os.environ.get(TRITON_VARIABLE, "1") != "0"
+        and _installed()
+    )
+
+
+def load() -> ModuleType:
+    """The module of the kernels, which needs Triton to be imported.
+
+    Returns:
+        `poolskip_zoo.layers.kernels.window_maxima`.
+    """
+    return importlib.import_module(f"{__name__}.window_maxima")
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,239 @@
+"""Window maxima for training by autograd: what the backward needs in 1/8 (e=2) or 1/27 (e=4) of the stock pair's bytes.
+
+Pooling keeps each window's maximum and its *offset*, the distance of its flat index from that of the window's first
+cell, in one byte where it fits. The sparse map that the 3×3 convolution reads is not kept but made again in the
+backward. Every backward is made of differentiable operations, so that second derivatives are right.
+
+`torch.func` transforms, forward-mode AD, `torch.compile` and graph capture do not come here (`trains_by_autograd`).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from . import kernels
+from .stock import is_transformed, pool_with_indices, unpool
+
+__all__ = ["conv_of_window_maxima", "convolves_plainly", "trains_by_autograd", "window_maxima_for_training"]
+
+
+@torch.jit.unused
+def trains_by_autograd(*tensors: Tensor | None) -> bool:
+    """Whether a backward through these tensors will be recorded by plain autograd.
+
+    Args:
+        tensors: inputs and parameters; None is passed over.
+
+    Returns:
+        False where nothing is recorded, or something else than autograd's tape records it.
+    """
+    return (
+        torch.is_grad_enabled()
+        and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        and not is_transformed()
+    )
+
+
+def convolves_plainly(conv: nn.Module) -> bool:
+    """Whether calling this convolution does nothing but `F.conv*d` of its parameters.
+
+    Args:
+        conv: any module.
+
+    Returns:
+        False for subclasses, parametrised or wrapped modules, and where hooks watch the call.
+    """
+    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
+    return type(conv) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and not any(hooks)
+
+
+def window_maxima_for_training(x: Tensor, window: list[int]) -> Tensor:
+    """Window maxima whose backward keeps one offset per window.
+
+    Args:
+        x: floating-point tensor.
+        window: window size along each of one to three spatial axes.
+
+    Shape:
+        (N, C, *spatial), the output alike.
+
+    Returns:
+        Equal to the bit to torch's pair, in the memory format of `x`.
+    """
+    values, offsets, indices = _Pool.apply(x, window)
+    return _Scatter.apply(values, offsets, window, x.shape[2:], indices)
+
+
+def conv_of_window_maxima(x: Tensor, window: list[int], conv: nn.Module) -> Tensor:
+    """`conv(max_unpool(max_pool(x)))` without keeping the sparse map for the backward.
+
+    Args:
+        x: floating-point tensor.
+        window: window size along each of one to three spatial axes.
+        conv: an `nn.Conv1d/2d/3d` of as many axes.
+
+    Shape:
+        (N, C, *spatial), the output as the convolution gives it.
+
+    Returns:
+        Equal to the bit to the stock composition; under autocast in its type.
+    """
+    values, offsets, indices = _Pool.apply(x, window)
+    weight, bias, device = conv.weight, conv.bias, x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and values.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        values, weight = values.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return _Conv.apply(values, offsets, weight, bias, window, x.shape[2:], settings, indices)
+
+
+class _Pool(Function):
+    """x → (window maxima, offsets, indices or None); who takes the indices in the forward does not keep them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, window: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        values, offsets, indices = _pool(x, window)
+        ctx.save_for_backward(offsets)
+        ctx.mark_non_differentiable(*(each for each in (offsets, indices) if each is not None))
+        ctx.window, ctx.size = window, x.shape[2:]
+        return values, offsets, indices
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (offsets,) = ctx.saved_tensors
+        return _Scatter.apply(grads[0], offsets, ctx.window, ctx.size), None
+
+
+class _Scatter(Function):
+    """(values, offsets) → map with the values at their places, zero elsewhere."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        offsets: Tensor,
+        window: list[int],
+        size: torch.Size,
+        indices: Tensor | None = None,
+    ) -> Tensor:
+        ctx.save_for_backward(offsets)
+        ctx.window = window
+        return _scatter(values, offsets, window, size, indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (offsets,) = ctx.saved_tensors
+        return _Gather.apply(grads[0], offsets, ctx.window), None, None, None, None
+
+
+class _Gather(Function):
+    """(map, offsets) → the map's values at the offsets."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, offsets: Tensor, window: list[int], indices: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(offsets)
+        ctx.window, ctx.size = window, u.shape[2:]
+        return _gather(u, offsets, window, indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (offsets,) = ctx.saved_tensors
+        return _Scatter.apply(grads[0], offsets, ctx.window, ctx.size), None, None, None
+
+
+class _Conv(Function):
+    """(values, offsets, weight, bias) → convolution of the map that they stand for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        offsets: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        window: list[int],
+        size: torch.Size,
+        settings: tuple[Any, ...],
+        indices: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(values, offsets, weight)
+        ctx.window, ctx.size, ctx.settings = window, size, settings
+        u = _scatter(values, offsets, window, size, indices)
+        return (F.conv1d, F.conv2d, F.conv3d)[len(window) - 1](u, weight, bias, *settings)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        values, offsets, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.settings
+        need_values, _, need_weight, need_bias = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():  # a second derivative will be asked for
+            indices, scatter, gather = None, _Scatter.apply, _Gather.apply
+        else:
+            indices, scatter, gather = _to_indices(offsets, ctx.window, ctx.size), _scatter, _gather
+        u = scatter(values, offsets, ctx.window, ctx.size, indices)
+        of_u, of_weight, of_bias = torch.ops.aten.convolution_backward(
+            *(grads[0], u, weight, [len(weight)], stride, padding, dilation, False, [0] * len(stride), groups),
+            [need_values, need_weight, need_bias],
+        )
+        of_values = gather(of_u, offsets, ctx.window, indices) if need_values else None
+        return of_values, None, of_weight, of_bias, None, None, None, None
+
+
+def _pool(x: Tensor, window: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+    offset_type = _offset_type(window, x.shape[2:])
+    if kernels.applies(x, window):
+        return *kernels.load().pool(x, window, offset_type), None
+    values, indices = pool_with_indices(x, window)
+    return values, (indices - _first_cells(indices, window, x.shape[2:])).to(offset_type), indices
+
+
+def _scatter(
+    values: Tensor, offsets: Tensor, window: list[int], size: torch.Size, indices: Tensor | None = None
+) -> Tensor:
+    if kernels.applies(values, window) and values.stride() == offsets.stride():
+        return kernels.load().scatter(values, offsets, window, size)
+    if indices is None:
+        indices = _to_indices(offsets, window, size)
+    return unpool(values, indices, window, size)
+
+
+def _gather(u: Tensor, offsets: Tensor, window: list[int], indices: Tensor | None = None) -> Tensor:
+    last = _is_channels_last(offsets)
+    if kernels.applies(u, window) and last == _is_channels_last(u):
+        return kernels.load().gather(u, offsets, window)
+    if indices is None:
+        indices = _to_indices(offsets, window, u.shape[2:])
+    if last:  # in the order of memory
+        indices = indices.movedim(1, -1)
+        read = u.movedim(1, -1).flatten(1, -2).gather(1, indices.flatten(1, -2))
+        return read.view(indices.shape).movedim(-1, 1)
+    return u.flatten(2).gather(2, indices.flatten(2)).view(offsets.shape)
+
+
+def _offset_type(window: list[int], size: torch.Size) -> torch.dtype:
+    largest = 0
+    for e, length in zip(window, size, strict=True):
+        largest = largest * length + e - 1
+    return torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
+
+
+def _to_indices(offsets: Tensor, window: list[int], size: torch.Size) -> Tensor:
+    # First the type, then the sum: an addition that does both is several times slower.
+    return offsets.long().add_(_first_cells(offsets, window, size))
+
+
+def _first_cells(like: Tensor, window: list[int], size: torch.Size) -> Tensor:
+    """Flat index of each window's first cell; division of int64 indices would cost more than all the rest."""
+    cells = torch.zeros((), dtype=torch.int64, device=like.device)
+    for axis, (e, length) in enumerate(zip(window, size, strict=True)):
+        steps = torch.arange(like.shape[axis + 2], device=like.device) * e
+        cells = cells.unsqueeze(-1) * length + steps
+    return cells
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() > 3 and x.stride(1) == 1 and not x.is_contiguous()

@@ -1,0 +1,221 @@
+"""A list of runs, one after another within a time limit."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .loop import train
+from .recipe import RECIPE_DIR, Recipe, load_recipe
+from .state import write_atomic
+
+SUMMARY = "results.csv"
+COLUMNS = ("name", "seed", "state", "parameters", "epochs", "hours", "hardware")  # then the scores, as val_ and test_
+_ENTRY_KEYS = ("recipe", "seeds", "set")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run of a list ended.
+
+    Args:
+        recipe: The run.
+        state: ``finished``, ``stopped`` (by the time limit; the next call goes on), ``waiting`` or ``failed``.
+        metrics: What ``metrics.json`` holds, of a finished run.
+        scores: What the measurement on the test set returned, of a finished run.
+        error: One line, of a failed run.
+    """
+
+    recipe: Recipe
+    state: str
+    metrics: dict[str, Any] | None = None
+    scores: dict[str, Any] | None = None
+    error: str = ""
+
+
+def load_list(source: str | os.PathLike[str]) -> list[Recipe]:
+    """Read a list of runs.
+
+    A YAML list; an entry is the name or path of a recipe, or a mapping of ``recipe``, ``seeds`` (default: the
+    recipe's own) and ``set`` (keys that override the recipe's).
+
+    Args:
+        source: The file, or the name of a shipped list such as ``c10``.
+
+    Returns:
+        One recipe for each entry and seed, in order.
+
+    Raises:
+        FileNotFoundError: If the file or a recipe is missing.
+        ValueError: If the list is malformed, or two runs would share a folder.
+    """
+    shipped = RECIPE_DIR / "lists" / f"{source}.yaml"
+    path = Path(source) if Path(source).is_file() or not shipped.is_file() else shipped
+    if not path.is_file():
+        names = ", ".join(sorted(each.stem for each in shipped.parent.glob("*.yaml")))
+        raise FileNotFoundError(f"no file {str(source)!r} and no shipped list of that name; shipped: {names}")
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} must be a YAML list of recipes")
+    recipes = [recipe for entry in entries for recipe in _expand(path, entry)]
+    folders = [(recipe.name, recipe.seed) for recipe in recipes]
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if twice:
+        raise ValueError(f"{path} has {twice[0]} with seed {twice[1]} twice: give one another name in `set`")
+    return recipes
+
+
+def _expand(path: Any, entry: Any) -> Iterator[Recipe]:
+    """Yield the recipes of one entry."""
+    entry = {"recipe": entry} if isinstance(entry, str) else entry
+    if not isinstance(entry, dict) or not isinstance(entry.get("recipe"), str) or set(entry) - set(_ENTRY_KEYS):
+        raise ValueError(f"{path}: {entry!r} must be the name of a recipe, or a mapping of {', '.join(_ENTRY_KEYS)}")
+    changes, seeds = entry.get("set") or {}, entry.get("seeds")
+    if not isinstance(changes, dict) or not isinstance(seeds, list | None):
+        raise ValueError(f"{path}: in {entry!r}, seeds must be a list and set a mapping")
+    overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    for seed in seeds if seeds is not None else [None]:
+        yield load_recipe(entry["recipe"], overrides if seed is None else [*overrides, f"seed={seed}"])
+
+
+def train_many(
+    recipes: Iterable[Recipe],
+    data_dir: str | os.PathLike[str] | None,
+    output: str | os.PathLike[str] = "runs",
+    *,
+    limit_seconds: float = 0,
+    part_size: str = "",
+    measure: Callable[[Path], dict[str, Any]] | None = None,
+    **settings: Any,
+) -> list[Outcome]:
+    """Train runs in order, each from where it was stopped; a failed one does not keep the others.
+
+    Beside the runs' folders, `SUMMARY` has a line for each run of the list.
+
+    Args:
+        recipes: The runs, as `load_list` returns them.
+        data_dir: Data folder; None takes ``POOLSKIP_DATA_DIR``.
+        output: Folder of run folders.
+        limit_seconds: Time for all of them together, 0 for no limit; what is not finished goes on in the next call.
+        part_size: Also leave the weights in files of at most this size, such as ``"16MB"``; empty for none.
+        measure: Makes test scores of a finished run's folder; kept in its ``scores.json``.
+        settings: More keywords of `train`.
+
+    Returns:
+        The outcomes, in order.
+
+    Raises:
+        ValueError: If ``limit_seconds`` is negative.
+    """
+    if limit_seconds < 0:
+        raise ValueError(f"limit_seconds={limit_seconds} must be at least 0")
+    recipes, end = list(recipes), time.monotonic() + limit_seconds
+    outcomes = [Outcome(recipe, "waiting") for recipe in recipes]
+    main = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the one that writes
+    for place, recipe in enumerate(recipes):
+        left = end - time.monotonic() if limit_seconds else 0
+        if limit_seconds and left <= 0:
+            break
+        folder = Path(output) / f"{recipe.name}-s{recipe.seed}"
+        try:
+            metrics = train(recipe, data_dir, output, limit_seconds=left, **settings)
+            if metrics is None:
+                outcomes[place] = Outcome(recipe, "stopped")
+            else:
+                scores = _scores(folder, measure if main else None)
+                if part_size and main:
+                    split_weights(folder, part_size)
+                outcomes[place] = Outcome(recipe, "finished", metrics, scores)
+        except (ValueError, RuntimeError, OSError) as error:
+            outcomes[place] = Outcome(recipe, "failed", error=" ".join(str(error).split()))
+        if main:
+            _write_summary(Path(output), outcomes)
+    return outcomes
+
+
+def _scores(folder: Path, measure: Callable[[Path], dict[str, Any]] | None) -> dict[str, Any] | None:
+    """Measure on the test set once: later calls read what was written."""
+    path = folder / "scores.json"
+    if not path.exists() and measure is not None:
+        write_atomic(path, (json.dumps(measure(folder)) + "\n").encode())
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def split_weights(folder: Path, part_size: str) -> None:
+    """Leave a run's weights also as parts, the Hub's sharded form: ``parts/`` with an index.
+
+    Args:
+        folder: The run folder.
+        part_size: Largest size of a part, such as ``"16MB"``; a larger tensor has a part of its own.
+
+    Raises:
+        ValueError: If the size is not understood.
+    """
+    from huggingface_hub import save_torch_state_dict
+    from safetensors.torch import load_file
+
+    parts = folder / "parts"
+    if not parts.exists():
+        new = folder / f".parts.{os.getpid()}.tmp"
+        new.mkdir()
+        save_torch_state_dict(load_file(folder / "model.safetensors"), new, max_shard_size=part_size)
+        new.replace(parts)
+
+
+def join_weights(folder: Path) -> None:
+    """Make a run's ``model.safetensors`` again from its parts, equal to the byte.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        FileNotFoundError: If there is neither, or a part is missing.
+    """
+    from safetensors.torch import load_file, save
+
+    path = folder / "model.safetensors"
+    if path.exists():
+        return
+    files = sorted((folder / "parts").glob("*.safetensors"))
+    index = folder / "parts" / "model.safetensors.index.json"
+    wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else set()
+    missing = sorted(wanted - {file.name for file in files})
+    if missing or not files:
+        raise FileNotFoundError(
+            f"{folder} has no model.safetensors, and of its parts lacks {', '.join(missing) or 'all'}"
+        )
+    tensors = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    write_atomic(path, save(tensors, {"format": "pt"}))
+
+
+def _write_summary(output: Path, outcomes: list[Outcome]) -> None:
+    """Write one line per run."""
+    rows = []
+    for outcome in outcomes:
+        row: dict[str, Any] = {"name": outcome.recipe.name, "seed": outcome.recipe.seed, "state": outcome.state}
+        metrics = outcome.metrics or {}
+        if metrics:
+            row.update({key: metrics[key] for key in ("parameters", "epochs", "hardware")})
+            row["hours"] = round(metrics["seconds"] / 3600, 4)
+        for kind, scores in (("val", metrics.get("val")), ("test", outcome.scores)):
+            numbers = {key: value for key, value in (scores or {}).items() if isinstance(value, int | float)}
+            row.update({f"{kind}_{key}": value for key, value in numbers.items()})
+        rows.append(row)
+    columns = dict.fromkeys((*COLUMNS, *(key for row in rows for key in row)))
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomic(output / SUMMARY, text.getvalue().encode())

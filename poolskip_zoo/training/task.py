@@ -1,0 +1,215 @@
+"""What a run does for its task, classification or segmentation; the loop around it is the same."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from ..data import DATASETS, load_splits
+from ..data.scene_augment import SceneAugment
+from ..data.scene_loader import SceneEvalLoader, SceneTrainLoader
+from ..data.scenes import Scenes, load_scenes
+from ..registry.segmentation import create_segmentation, smp_config
+from . import build
+from .evaluate import Batches, Scores, SegmentationScores, evaluate, evaluate_segmentation, pixel_cross_entropy
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+DataDir = str | os.PathLike[str] | None
+
+
+class TrainBatches(Protocol):
+    """Training batches of one process."""
+
+    steps: int
+
+    def batch(self, epoch: int, step: int, micro: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make one batch: of optimizer step `step` of an epoch, all from 0, the images and their labels."""
+
+
+class Task(Protocol):
+    """What differs between tasks.
+
+    Args:
+        scores: Names of the scores that are recorded after every epoch.
+    """
+
+    scores: tuple[str, ...]
+
+    def make_model(self, trained: bool = False) -> nn.Module:
+        """Make the model on the CPU, with fresh weights, or for trained ones to be loaded."""
+
+    def make_loaders(
+        self, data_dir: DataDir, download: bool, accelerator: Accelerator
+    ) -> tuple[TrainBatches, Batches | None]:
+        """Make the loaders of training and of held-out images, if any."""
+
+    def make_criterion(self) -> nn.Module:
+        """Make the loss of logits and labels, after the loaders."""
+
+    def evaluate(self, model: nn.Module, loader: Batches, **settings: Any) -> Any:
+        """Measure a model; `settings` are those of `poolskip_zoo.training.evaluate`."""
+
+    def files(self, model: nn.Module) -> dict[str, Any]:
+        """Give what stands beside the weights as JSON, by file name."""
+
+
+def make_task(recipe: Recipe) -> Task:
+    """Make the task of a recipe's data set.
+
+    Args:
+        recipe: The run.
+
+    Returns:
+        The task.
+    """
+    return Segmentation(recipe) if recipe.segments else Classification(recipe)
+
+
+class Classification:
+    """One class for an image; a timm model."""
+
+    scores: tuple[str, ...] = ("loss", "top1", "top5")
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def make_model(self, trained: bool = False) -> nn.Module:
+        """Make the model."""
+        return build.make_model(self.recipe)
+
+    def make_loaders(
+        self, data_dir: DataDir, download: bool, accelerator: Accelerator
+    ) -> tuple[TrainBatches, Batches | None]:
+        """Make the loaders."""
+        hold_out = self.recipe.hold_out
+        names = ("train", "val") if hold_out else ("train",)
+        splits = load_splits(self.recipe.dataset, names, data_dir, hold_out=hold_out, download=download)
+        return build.make_loaders(self.recipe, splits, accelerator)
+
+    def make_criterion(self) -> nn.Module:
+        """Make the loss."""
+        # mixed labels are smoothed already
+        return nn.CrossEntropyLoss(label_smoothing=0.0 if self.recipe.mixes else self.recipe.label_smoothing)
+
+    def evaluate(self, model: nn.Module, loader: Batches, **settings: Any) -> Scores:
+        """Measure a model."""
+        return evaluate(model, loader, **settings)
+
+    def files(self, model: nn.Module) -> dict[str, Any]:
+        """Give nothing: timm's configuration is made of the checkpoint's record."""
+        return {}
+
+
+class Segmentation:
+    """One class for every pixel; a model of smp."""
+
+    scores: tuple[str, ...] = ("loss", "miou", "pixel_accuracy")
+
+    def __init__(self, recipe: Recipe) -> None:
+        info: Any = DATASETS[recipe.dataset]
+        self.recipe, self.info = recipe, info
+        self._train: Scenes | None = None
+
+    def make_model(self, trained: bool = False) -> nn.Module:
+        """Make the model; for trained weights without the encoder's first ones, which may have to be fetched."""
+        model_args = {**self.recipe.model_args, **({"encoder_weights": None} if trained else {})}
+        return create_segmentation(self.recipe.model, model_args, self.info.num_classes)
+
+    def make_loaders(
+        self, data_dir: DataDir, download: bool, accelerator: Accelerator
+    ) -> tuple[TrainBatches, Batches | None]:
+        """Make the loaders."""
+        recipe = self.recipe
+        names = ("train", "val") if recipe.hold_out else ("train",)
+        splits = load_scenes(recipe.dataset, names, data_dir, hold_out=recipe.hold_out, download=download)
+        self._train = splits[0]
+        shared: dict[str, Any] = {
+            "mean": self.info.mean,
+            "std": self.info.std,
+            "device": accelerator.device,
+            "channels_last": recipe.channels_last,
+            "rank": accelerator.process_index,
+            "world": accelerator.num_processes,
+        }
+        augment = SceneAugment(
+            recipe.seed, recipe.crop_size, recipe.image_size, recipe.scale, recipe.flip, recipe.color_jitter
+        )
+        settings: dict[str, Any] = {"void": self.info.void, "accumulation": recipe.accumulation, **shared}
+        train = SceneTrainLoader(splits[0], recipe.batch_size, augment, **settings)
+        held_out = SceneEvalLoader(splits[1], image_size=recipe.image_size, **shared) if len(splits) > 1 else None
+        return train, held_out
+
+    def make_criterion(self) -> nn.Module:
+        """Make the loss."""
+        recipe, weights = self.recipe, None
+        if recipe.class_weights == "balanced":
+            assert self._train is not None
+            weights = balanced_weights(self._train, self.info.num_classes)
+        return SegmentationLoss(recipe.loss, self.info.void, weights, recipe.label_smoothing)
+
+    def evaluate(self, model: nn.Module, loader: Batches, **settings: Any) -> SegmentationScores:
+        """Measure a model."""
+        sizes: dict[str, Any] = {"classes": self.info.num_classes, "void": self.info.void}
+        windows: dict[str, Any] = {"window": self.recipe.window, "overlap": self.recipe.overlap}
+        return evaluate_segmentation(model, loader, **sizes, **windows, **settings)
+
+    def files(self, model: nn.Module) -> dict[str, Any]:
+        """Give smp's config.json, so that `smp.from_pretrained` loads the folder."""
+        return {"config.json": smp_config(model)}
+
+
+class SegmentationLoss(nn.Module):
+    """Cross entropy, Dice loss, or their sum.
+
+    Args:
+        kind: ``ce``, ``dice`` or ``ce+dice``.
+        void: Label of pixels that do not count.
+        weights: (C,) weights of the classes in the cross entropy.
+        label_smoothing: Of the cross entropy, 0 to 1.
+
+    Shape:
+        Logits (B, C, H, W) and labels (B, H, W) int64 to a scalar.
+    """
+
+    def __init__(self, kind: str, void: int, weights: torch.Tensor | None = None, label_smoothing: float = 0.0) -> None:
+        from segmentation_models_pytorch.losses import DiceLoss
+
+        super().__init__()
+        self.kind, self.void, self.label_smoothing = kind, void, label_smoothing
+        self.register_buffer("weights", weights)
+        self.dice = DiceLoss("multiclass", ignore_index=void)
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Compute the loss."""
+        loss = logits.new_zeros(())
+        if "ce" in self.kind.split("+"):
+            settings: dict[str, Any] = {"weight": self.weights, "label_smoothing": self.label_smoothing}
+            loss = loss + pixel_cross_entropy(logits, labels, self.void, **settings)
+        if "dice" in self.kind.split("+"):
+            loss = loss + self.dice(logits, labels)
+        return loss
+
+
+def balanced_weights(scenes: Scenes, classes: int) -> torch.Tensor:
+    """Weigh classes by the median frequency over their own (Eigen and Fergus 2015, as SegNet's training).
+
+    A class's frequency is its share of the pixels of the images that it occurs in.
+
+    Args:
+        scenes: Training images; all labels are read once.
+        classes: Number of classes.
+
+    Returns:
+        (classes,) float32, 0 for a class that never occurs.
+    """
+    counts = torch.tensor([count[:classes].tolist() for count in scenes.count_labels()], dtype=torch.float64)
+    own = counts.sum(0)
+    frequency = own / (counts.sum(1, keepdim=True) * (counts > 0)).sum(0)
+    present = own > 0
+    return torch.where(present, frequency[present].median() / frequency, 0).float()

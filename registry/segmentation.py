@@ -1,0 +1,103 @@
+"""Segmentation models: built by smp from plain data, and described as smp's own folders describe them."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ..data import DATASETS
+from .checkpoint import SegmentationCheckpoint
+from .smp import encoder_names
+
+__all__ = ["build_recorded", "create_segmentation", "load_weights", "smp_config"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def create_segmentation(model: str, model_args: Mapping[str, Any], classes: int) -> Any:
+    """Make a segmentation model.
+
+    Args:
+        model: name of smp's architecture, ours included, such as `unet` or `segnet`.
+        model_args: keywords of `smp.create_model`; `encoder_weights` is None where left out, other than smp's own.
+        classes: number of classes.
+
+    Returns:
+        The model, an `smp.base.SegmentationModel`.
+
+    Raises:
+        ValueError: if smp does not know the architecture or the encoder, or does not take the keywords.
+    """
+    import segmentation_models_pytorch as smp
+
+    known = smp.MODEL_ARCHITECTURES_MAPPING
+    if model not in known:
+        raise ValueError(f"unknown segmentation model {model!r}: one of {', '.join(known)}")
+    encoder = model_args.get("encoder_name", "resnet34")
+    excess = set(model_args) - set(inspect.signature(known[model]).parameters)
+    if excess and encoder not in encoder_names() and not encoder.startswith("tu-"):
+        # smp passes them on to the encoder, and its own encoders swallow what they do not know.
+        raise ValueError(f"{model} on {encoder} does not take model_args {', '.join(sorted(excess))}")
+    try:
+        return smp.create_model(model, classes=classes, **{"encoder_weights": None, **model_args})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{model} does not take model_args={dict(model_args)}: {str(error)[:300]}") from error
+
+
+def build_recorded(checkpoint: SegmentationCheckpoint, device: str = "cpu") -> Any:
+    """Make a checkpoint's model, without its weights.
+
+    Args:
+        checkpoint: the record.
+        device: `cpu`, or `meta` for sizes and names alone.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: as `create_segmentation`.
+    """
+    model_args = {**checkpoint.model_args, "encoder_weights": None}
+    with torch.device(device):
+        return create_segmentation(checkpoint.model, model_args, DATASETS[checkpoint.dataset].num_classes).eval()
+
+
+def load_weights(model: ModelT, path: Path) -> ModelT:
+    """Load weights from a file.
+
+    Args:
+        model: the model.
+        path: safetensors file.
+
+    Returns:
+        The model.
+
+    Raises:
+        RuntimeError: if the file cannot be read or does not fit; it is named.
+    """
+    try:
+        model.load_state_dict(load_file(path))
+    except SafetensorError as error:
+        raise RuntimeError(f"{path} is no readable safetensors file: {error}") from error
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RuntimeError(f"{path} does not fit {type(model).__name__}: {reason}") from error
+    return model
+
+
+def smp_config(model: nn.Module) -> dict[str, Any]:
+    """The config.json of smp's `save_pretrained`, but for the encoder's first weights, which it would fetch again.
+
+    Args:
+        model: a segmentation model of smp.
+
+    Returns:
+        Plain data, by which `smp.from_pretrained` makes the model.
+    """
+    config: Any = model.config
+    return {**config, "encoder_weights": None, "_model_class": type(model).__name__}

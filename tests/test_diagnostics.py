@@ -1,0 +1,450 @@
+"""Measures of filters: planted facts are found, on models of every library, and the command tells them."""
+
+import json
+import math
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import poolskip_zoo
+from poolskip_zoo.cli import main
+from poolskip_zoo.diagnostics import diagnose, draw, table
+from poolskip_zoo.diagnostics.measures import (
+    filters_of,
+    l2_l1,
+    orthogonality,
+    small_weights,
+    sparsity,
+    variance_entropy,
+)
+from poolskip_zoo.layers import PoolSkip2d, add_pool_skip
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def by_name(found):
+    return {layer.name: layer for layer in found.layers}
+
+
+# --- measures of one convolution
+
+
+def test_l2_l1_between_its_bounds():
+    assert l2_l1(torch.full((2, 3, 3), -0.5)) == pytest.approx(1 / math.sqrt(18))
+    assert l2_l1(torch.tensor([0.0, 0.0, 7.0])) == 1
+    assert l2_l1(torch.zeros(4)) is None
+
+
+def test_sparse_kernels_are_below_a_hundredth_of_the_largest_weight():
+    kernels = torch.zeros(2, 2, 3, 3)
+    kernels[0, 0, 1, 1] = 1
+    kernels[0, 1, 2, 0] = -0.011
+    kernels[1, 0] = 0.009
+    assert sparsity(kernels) == 0.5
+    assert sparsity(torch.zeros(2, 2, 3, 3)) == 1
+
+
+def test_variance_entropy_counts_equal_directions():
+    kernels = torch.cat([torch.eye(9)[:4], -torch.eye(9)[:4]]).view(4, 2, 3, 3)
+    assert variance_entropy(kernels) == pytest.approx(math.log10(4))
+    assert variance_entropy(torch.randn(200, 200, 3, 3)) == pytest.approx(math.log10(9), abs=1e-3)
+    assert variance_entropy(torch.ones(5, 1, 3, 3)) == 0
+    assert variance_entropy(torch.randn(1, 1, 3, 3)) is None
+
+
+def test_orthogonality_within_groups():
+    half = math.sqrt(0.5)
+    rows = torch.tensor([[1.0, 0.0], [half, half], [0.0, 2.0]])
+    assert orthogonality(rows) == pytest.approx(1 - 2 * half / 3)
+    # In two groups the parallel filters of different groups do not meet.
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    assert orthogonality(rows, groups=2) == 1
+    assert orthogonality(rows) == pytest.approx(1 - 2 / 6)
+    assert orthogonality(rows, groups=4) is None
+
+
+def test_small_weights_at_the_threshold():
+    filters = torch.ones(1000, 1, 3, 3)
+    filters[3], filters[5], filters[7] = 0, 0.0099, 0.0102
+    assert small_weights(filters) == [3, 5]
+    assert small_weights(torch.zeros(2, 1, 3, 3)) == [0, 1]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_weights_are_turned(groups):
+    module = nn.ConvTranspose2d(4, 6, 3, groups=groups, bias=False)
+    before = module(torch.randn(1, 4, 5, 5))
+    silent = filters_of(module.weight, module)
+    assert silent.shape == (6, 4 // groups, 3, 3)
+    with torch.no_grad():
+        # Output channel 4 is the second of the second group, or the fifth of one.
+        module.weight[4 // groups * (groups - 1) :, 4 % (6 // groups)] = 0
+    assert diagnose(nn.Sequential(module)).layers[0].inert == [4]
+    after = module(torch.randn(1, 4, 5, 5))
+    assert before[:, 4].any()
+    assert not after[:, 4].any()
+
+
+# --- models
+
+
+def orthogonal_net():
+    """Plain, with grouped and depthwise convolutions, all filters orthogonal."""
+    layers = []
+    for inputs, outputs, size, groups in ((3, 16, 3, 1), (16, 16, 3, 16), (16, 32, 1, 1), (32, 32, 3, 4)):
+        layers += [nn.Conv2d(inputs, outputs, size, padding=size // 2, groups=groups), nn.BatchNorm2d(outputs)]
+        layers.append(nn.ReLU())
+        nn.init.orthogonal_(layers[-3].weight)
+    return nn.Sequential(*layers)
+
+
+def test_a_random_orthogonal_net_has_nothing_inert():
+    found = diagnose(orthogonal_net(), [torch.randn(8, 3, 16, 16)])
+    assert [layer.inert for layer in found.layers] == [[]] * 4
+    assert [layer.dead for layer in found.layers] == [[]] * 4
+    assert found.summary() == {"base": {"convolutions": 4, "filters": 96, "inert": 0, "watched": 96, "dead": 0}}
+    first, depthwise, pointwise, grouped = found.layers
+    assert first.orthogonality == pytest.approx(1, abs=1e-5)
+    assert grouped.orthogonality == pytest.approx(1, abs=1e-5)
+    assert depthwise.orthogonality is None
+    assert (pointwise.variance_entropy, pointwise.sparsity, pointwise.orthogonality) == (None, None, None)
+
+
+def test_ten_planted_dead_filters_of_ten():
+    model = timm.create_model("resnet18", num_classes=10, zero_init_last=False)
+    planted = {
+        "conv1": {5: 0.0},
+        "layer1.0.conv1": {0: 0.0, 63: 1e-3},
+        "layer2.0.conv2": {7: 0.005},
+        "layer3.1.conv1": {100: 0.0, 101: 0.0, 255: 1e-6},
+    }
+    with torch.no_grad():
+        for name, filters in planted.items():
+            for index, factor in filters.items():
+                model.get_submodule(name).weight[index] *= factor
+        model.layer4[0].bn1.weight[3] = 0
+        model.layer4[1].bn2.weight[[4, 5]] = torch.tensor([0.01, -0.009])
+        model.layer4[1].bn1.weight[6] = 0.02  # near, but above
+    found = {name: layer.inert for name, layer in by_name(diagnose(model)).items() if layer.inert}
+    expected = {name: sorted(filters) for name, filters in planted.items()}
+    assert found == {**expected, "layer4.0.conv1": [3], "layer4.1.conv2": [4, 5]}
+    assert sum(map(len, found.values())) == 10
+
+
+def test_pool_skip_is_told_from_the_base():
+    model = timm.create_model("test_resnet_cifar_poolskip")
+    twin = by_name(diagnose(timm.create_model("test_resnet_cifar")))
+    found = by_name(diagnose(model))
+    kinds = {name: layer.kind for name, layer in found.items()}
+    assert {name for name, kind in kinds.items() if kind == "base"} == set(twin)
+    assert kinds["layer1.0.conv1.pool_skip.conv"] == "pool_skip"
+    assert {name: found[name].depth for name in twin} == {name: twin[name].depth for name in twin}
+    place = found["layer2.0.conv1"]
+    added = found["layer2.0.conv1.pool_skip.conv"]
+    assert (place.depth, place.norm) == (added.depth, added.norm) == (4, "layer2.0.bn1")
+
+
+def test_pool_skip_on_tokens_and_by_itself():
+    model = timm.create_model("test_vit_poolskip")
+    layers = diagnose(model).layers
+    assert [layer.kind for layer in layers] == ["base"] + ["pool_skip"] * (len(layers) - 1)
+    assert [layer.depth for layer in layers] == list(range(1, len(layers) + 1))
+    (layer,) = diagnose(nn.Sequential(PoolSkip2d(4), nn.BatchNorm2d(4))).layers
+    assert (layer.kind, layer.norm) == ("pool_skip", "1")
+
+
+def vgg16():
+    from torchvision.models import vgg16
+
+    with torch.device("meta"):
+        model = vgg16()
+    # The classifier's 124 million weights have no convolution.
+    model.classifier = nn.Flatten()
+    model.features.to_empty(device="cpu")
+    for module in model.features.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
+    return model
+
+
+def unet_of_smp():
+    import segmentation_models_pytorch as smp
+
+    return smp.Unet("resnet18", encoder_weights=None, classes=4)
+
+
+def unet_of_monai():
+    nets = pytest.importorskip("monai.networks.nets")
+    return nets.UNet(
+        spatial_dims=3, in_channels=1, out_channels=2, channels=(4, 8, 16), strides=(2, 2), norm=("batch", {})
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "convolutions", "with_norm", "with_relu"),
+    [
+        (lambda: timm.create_model("resnet50"), (3, 64, 64), 53, 53, 53),
+        (vgg16, (3, 32, 32), 13, 0, 13),
+        (unet_of_smp, (3, 32, 32), 31, 30, 30),
+        # MONAI's activation is PReLU; its last convolution has no norm.
+        (unet_of_monai, (1, 16, 16, 16), 5, 4, 0),
+    ],
+    ids=["timm resnet50", "torchvision vgg16", "smp U-Net", "MONAI UNet"],
+)
+def test_models_of_all_libraries(make, shape, convolutions, with_norm, with_relu):
+    model = make()
+    found = diagnose(model, [torch.randn(1, *shape)])
+    assert not found.left_out
+    assert len(found.layers) == convolutions
+    assert sum(layer.norm is not None for layer in found.layers) == with_norm
+    assert sum(layer.zero_share is not None for layer in found.layers) == with_relu
+    json.dumps(found.to_dict(), allow_nan=False)
+    for layer in found.layers:
+        assert len(layer.zero_share or [0] * layer.filters) == layer.filters
+        assert (layer.sparsity is None) == (layer.kernel_size != (3, 3))
+
+
+# --- with images
+
+
+class Functional(nn.Module):
+    """conv → norm → ReLU called as functions, in place, one module twice, a sum, and a GELU."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.norm = nn.BatchNorm2d(4)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.act(self.norm(self.first(x)))
+        x = torch.relu(x + self.norm(self.second(x)))
+        return nn.functional.gelu(self.third(x)).relu()
+
+
+def test_zero_share_is_that_of_the_relu_output():
+    model = Functional()
+    batches = [torch.randn(3, 4, 8, 8), torch.randn(2, 4, 8, 8)]
+    found = by_name(diagnose(model, batches))
+    model.eval()
+    x = torch.cat(batches)
+    first = torch.relu(model.norm(model.first(x)))
+    second = torch.relu(first + model.norm(model.second(first)))
+    for name, output in (("first", first), ("second", second)):
+        expected = (output == 0).float().mean((0, 2, 3)).tolist()
+        assert found[name].zero_share == pytest.approx(expected)
+    assert found["third"].zero_share is None
+
+
+def test_dead_only_if_zero_on_all_images():
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU6())
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([1.0, 1.0, 0.0]).view(3, 1, 1, 1))
+        model[0].bias.copy_(torch.tensor([0.0, -5.0, -1.0]))
+    images = torch.zeros(4, 1, 2, 2)
+    images[2, 0, 1, 1] = 6
+    (layer,) = diagnose(model, images.split(1)).layers
+    assert layer.dead == [2]
+    assert layer.zero_share == [15 / 16, 15 / 16, 1]
+    assert layer.inert == [2]
+
+
+def test_zeros_are_counted_behind_pool_skip():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU())
+    add_pool_skip(model, lambda name, module: name == "0")
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].pool_skip.conv.bias.copy_(torch.tensor([1.0, -1.0]))
+    base, added = diagnose(model, [torch.randn(2, 1, 4, 4)]).layers
+    # The base's filters are inert, but Pool Skip fills the first channel.
+    assert (base.inert, base.dead) == ([0, 1], [1])
+    assert (added.kind, added.dead) == ("pool_skip", [1])
+
+
+def test_gradient_is_that_of_the_mean_loss():
+    model = timm.create_model("test_resnet_cifar_poolskip")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    model.conv1.weight.requires_grad_(False)
+    x, labels = torch.randn(6, 3, 32, 32), torch.arange(6)
+    found = by_name(diagnose(model, [(x[:4], labels[:4]), (x[4:], labels[4:])]))
+    assert not model.conv1.weight.requires_grad
+    model.conv1.weight.requires_grad_(True)
+    nn.functional.cross_entropy(model.eval()(x), labels).backward()
+    for name, layer in found.items():
+        expected = model.get_submodule(name).weight.grad.flatten(1).norm(dim=1)
+        assert expected.any()
+        torch.testing.assert_close(torch.tensor(layer.gradient), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_loss_of_ones_own():
+    model = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False))
+    found = diagnose(
+        model, [(torch.ones(1, 2, 1, 1), torch.ones(1))], loss=lambda outputs, weight: weight * outputs.sum()
+    )
+    assert found.layers[0].gradient == pytest.approx([math.sqrt(2)] * 2)
+
+
+def test_the_model_is_left_as_it_was():
+    model = timm.create_model("test_resnet_cifar_poolskip").train()
+    model.bn1.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    hooks = sum(len(module._forward_hooks) for module in model.modules())
+    diagnose(model, [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))])
+    assert not model.bn1.training
+    assert model.layer1.training
+    assert model.training
+    assert hooks == sum(len(module._forward_hooks) for module in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# --- what is refused
+
+
+def test_lazy_convolutions_are_left_out():
+    found = diagnose(nn.Sequential(nn.Conv2d(3, 4, 1), nn.LazyConv2d(4, 3)))
+    assert [layer.name for layer in found.layers] == ["0"]
+    assert "run the model once" in found.left_out["1"]
+
+
+def test_mistakes_are_named():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    images = torch.randn(1, 3, 4, 4)
+    with pytest.raises(ValueError, match="no images"):
+        diagnose(model, [])
+    with pytest.raises(ValueError, match="1 of 2 images have labels"):
+        diagnose(model, [(images, torch.zeros(1)), images], loss=lambda outputs, labels: outputs.sum())
+    with pytest.raises(ValueError, match="gradient of 0 is not finite"):
+        diagnose(model, [(images, torch.zeros(1))], loss=lambda outputs, labels: outputs.sum() / 0)
+    with pytest.raises(ValueError, match="Linear holds no convolutions"):
+        diagnose(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="0 is on the meta device"):
+        diagnose(nn.Sequential(nn.Conv2d(3, 4, 1, device="meta")))
+    nn.init.constant_(model[0].weight, math.inf)
+    with pytest.raises(ValueError, match="0 has weights that are not finite"):
+        diagnose(model)
+
+
+# --- tables, pictures, the command
+
+
+def test_table_puts_models_beside_each_other():
+    base = diagnose(timm.create_model("test_resnet_cifar", zero_init_last=False))
+    variant = diagnose(timm.create_model("test_resnet_cifar_poolskip", zero_init_last=False))
+    lines = table(base, variant).splitlines()
+    assert lines[0].split() == ["convolution", "filters", "l2/l1", "inert", "sparse", "entropy", "orthog."]
+    assert lines[1].split()[:4] == ["conv1", "8", "/", "8"]
+    assert lines[3].split()[:4] == ["layer1.0.conv1.pool_skip.conv", "-", "/", "8"]
+    assert lines[-2] == "base: 7 / 7 convolutions, 120 / 120 filters, 0 / 0 inert"
+    assert lines[-1] == "pool_skip: - / 6 convolutions, - / 112 filters, - / 0 inert"
+
+
+def test_one_picture_for_each_measure(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = timm.create_model("test_resnet_cifar_poolskip")
+    found = diagnose(model, [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))])
+    names = {"l2_l1", "inert", "sparsity", "variance_entropy", "orthogonality"}
+    paths = draw(tmp_path / "new", {"one": found, "other": diagnose(timm.create_model("test_resnet_cifar"))})
+    assert {path.stem for path in paths} == {*names, "zero_share", "dead", "gradient"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    assert sorted(paths) == sorted((tmp_path / "new").iterdir())
+    paths = draw(tmp_path, {"no 3×3": diagnose(nn.Sequential(nn.Conv2d(3, 4, 1)))})
+    assert {path.stem for path in paths} == {"l2_l1", "inert"}
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    monkeypatch.delenv("POOLSKIP_DATA_DIR", raising=False)
+
+
+@pytest.mark.usefixtures("no_data")
+def test_command_tells_and_compares(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = ["diagnose", "test_resnet_cifar", "--compare", "test_resnet_cifar_poolskip", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("test_resnet_cifar: fresh weights; weights alone\ntest_resnet_cifar_poolskip: fresh")
+    assert "layer3.0.conv2.pool_skip.conv" in said
+    assert str(tmp_path / "l2_l1.png") in said
+    assert (tmp_path / "l2_l1.png").is_file()
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """What `poolskip train` leaves that matters here, with one filter planted."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    recipe = {"name": "tiny", "dataset": "cifar10", "model": "test_resnet_cifar_poolskip", "hold_out": 2}
+    (folder / "recipe.yaml").write_text("".join(f"{key}: {value}\n" for key, value in recipe.items()))
+    model = poolskip_zoo.create_model("test_resnet_cifar_poolskip", num_classes=10, zero_init_last=False)
+    model.conv1.weight.data[6] = 0
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.usefixtures("no_data")
+@pytest.mark.parametrize("file", ["", "model.safetensors"])
+def test_command_takes_runs(run_folder, capsys, file):
+    assert main(["diagnose", str(run_folder / file), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["models"]
+    assert found["weights"] == "trained by tiny"
+    assert (found["images"], found["dataset"]) == (0, None)
+    assert found["summary"]["base"]["inert"] == 1
+    assert found["layers"][0]["inert"] == [6]
+
+
+def test_command_shows_held_out_images(run_folder, capsys, monkeypatch):
+    from poolskip_zoo.data import datasets
+
+    images = torch.randint(0, 256, (40, 32, 32, 3), dtype=torch.uint8).numpy()
+    labels = torch.arange(40).remainder(10).numpy()
+
+    def read(folder, test, download):
+        assert not test
+        return images, labels, list("abcdefghij")
+
+    monkeypatch.setitem(datasets._READERS, "cifar10", read)
+    monkeypatch.setenv("POOLSKIP_DATA_DIR", str(run_folder))
+    arguments = ["diagnose", str(run_folder), "--compare", "test_resnet_cifar", "--json"]
+    assert main(arguments) == 0
+    run, fresh = json.loads(capsys.readouterr().out)["models"]
+    # The recipe holds out two images, and the model beside it is shown the same.
+    assert (run["images"], fresh["images"]) == (2, 2)
+    assert (run["dataset"], fresh["dataset"]) == ("cifar10", "cifar10")
+    assert len(run["layers"][0]["gradient"]) == len(fresh["layers"][0]["gradient"]) == 8
+    assert main([*arguments, "--images", "0"]) == 0
+    assert [each["images"] for each in json.loads(capsys.readouterr().out)["models"]] == [0, 0]
+
+
+@pytest.mark.usefixtures("no_data")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["resnet51"], "'resnet51' is no model, file or run folder"),
+        (["resnet18.nothing"], "resnet18 has no weights 'nothing'"),
+        (["resnet18", "--compare", "resnet18"], "the two are the same"),
+        (["resnet18", "--images", "-1"], "--images -1"),
+        (["test_resnet_cifar", "--data-dir", "."], "give --dataset"),
+        (["test_resnet_cifar", "--dataset", "cifar"], "unknown dataset 'cifar'"),
+        (["test_resnet_cifar", "--dataset", "cifar10"], "no data folder"),
+        (["test_resnet_cifar", "--dataset", "camvid"], "does not segment"),
+    ],
+)
+def test_mistakes_of_the_command(arguments, said, capsys):
+    assert main(["diagnose", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_data")
+def test_a_file_that_stands_alone_is_refused(run_folder, capsys):
+    (run_folder / "recipe.yaml").unlink()
+    assert main(["diagnose", str(run_folder)]) == 2
+    assert "neither recipe.yaml nor config.json" in capsys.readouterr().err

@@ -1,0 +1,228 @@
+"""ONNX files: every lowering in its runtime, open and fixed sizes, and nothing left behind by a failed check."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from export_nets import PairNet, SegNet
+
+from poolskip_zoo.export import to_onnx, to_openvino
+from poolskip_zoo.layers import add_pool_skip, pool_skip_modules
+from poolskip_zoo.registry.catalogue import registered_models
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+OPEN = ("batch", "height", "width")
+FILES = ("net.onnx", "net.onnx.json", "poolskip_predictor.py")
+
+
+def run(path, x):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def operators(path):
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+@pytest.mark.parametrize(
+    ("options", "lowerings", "has"),
+    [
+        ({}, ["keys", "keys"], "Resize"),
+        ({"target": "web"}, ["native", "keys"], "MaxUnpool"),
+        ({"lowering": "native"}, ["native", "native"], "MaxUnpool"),
+        ({"lowering": "scatter"}, ["scatter", "scatter"], "ScatterElements"),
+        ({"lowering": "arith"}, ["arith", "arith"], "Min"),
+        ({"target": "openvino"}, ["keys", "keys"], "Resize"),
+    ],
+    ids=lambda value: "-".join(value.values()) or "onnxruntime" if isinstance(value, dict) else None,
+)
+def test_open_sizes(tmp_path, options, lowerings, has):
+    if options.get("target") == "openvino":
+        pytest.importorskip("openvino")
+    model, path = SegNet().eval(), tmp_path / "net.onnx"
+    report = to_onnx(model, torch.randn(1, 3, 32, 32), path, dynamic=OPEN, **options)
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(FILES)
+    assert [block["lowering"] for block in report["blocks"]] == lowerings
+    assert report["bit_comparisons"] >= 2
+    assert report["outputs"]["max_relative_error"] <= 1e-3
+    assert report["outputs"]["agreement"] >= 0.995
+    assert json.loads((tmp_path / "net.onnx.json").read_text()) == json.loads(json.dumps(report))
+    assert has in operators(path)
+    assert "Equal" not in operators(path) or lowerings[0] != "arith"
+    dims = [dim.dim_param or dim.dim_value for dim in onnx.load(path).graph.input[0].type.tensor_type.shape.dim]
+    assert dims == ["batch", 3, "height", "width"]
+    for size in ((50, 31), (7, 6)):
+        x = torch.randn(3, 3, *size)
+        torch.testing.assert_close(run(path, x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_sequences_and_volumes(tmp_path, dims):
+    model = PairNet(dims).eval()
+    names = {1: ("batch", "length"), 3: ("batch", "depth", "height", "width")}[dims]
+    report = to_onnx(model, torch.randn(1, 4, *[9, 8, 7][:dims]), tmp_path / "net.onnx", dynamic=names)
+    assert [block["lowering"] for block in report["blocks"]] == ["keys"]
+    x = torch.randn(3, 4, *[10, 7, 9][:dims])
+    torch.testing.assert_close(run(tmp_path / "net.onnx", x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_fixed_size_needs_no_shapes_and_no_slices(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+    add_pool_skip(model, ["0"])
+    to_onnx(model.eval(), torch.randn(1, 3, 8, 12), tmp_path / "net.onnx", dynamic=())
+    used = set(operators(tmp_path / "net.onnx"))
+    assert {"MaxPool", "Resize"} <= used
+    assert not used & {"Shape", "Slice", "Pad", "Range", "Tile", "Where", "ScatterND"}
+
+
+def test_the_file_says_what_it_is_and_not_where_it_was_made(tmp_path):
+    path = tmp_path / "net.onnx"
+    to_onnx(PairNet(2).eval(), torch.randn(1, 4, 9, 9), path, metadata={"class_names": ["a", "b"], "checkpoint": "x.y"})
+    model = onnx.load(path)
+    facts = json.loads({entry.key: entry.value for entry in model.metadata_props}["poolskip_zoo"])
+    assert facts["class_names"] == ["a", "b"]
+    assert facts["checkpoint"] == "x.y"
+    assert facts["lowering"] == "keys"
+    assert facts["target"] == "onnxruntime"
+    assert facts["package_version"]
+    assert b"export_nets.py" not in path.read_bytes()
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 gives BatchNorm wrong types in float16")
+def test_float16(tmp_path):
+    model = timm.create_model("test_resnet_poolskip").eval()
+    report = to_onnx(model, torch.randn(1, 3, 64, 64), tmp_path / "net.onnx", half=True, dynamic=())
+    assert report["half"]
+    assert report["bit_comparisons"] > 0
+    assert report["beside_float32"]["max_relative_error"] < 0.1
+    types = {each.data_type for each in onnx.load(tmp_path / "net.onnx").graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in types
+    assert run(tmp_path / "net.onnx", torch.randn(1, 3, 64, 64)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", [name for name in registered_models(test=True) if name.startswith("test_")])
+def test_every_tiny_variant(tmp_path, name):
+    model = timm.create_model(name).eval()
+    x = torch.randn(1, *model.pretrained_cfg["input_size"])
+    report = to_onnx(model, x, tmp_path / "net.onnx", dynamic=OPEN)
+    assert len(report["blocks"]) == len(pool_skip_modules(model))
+    assert len({str(shape) for shape in report["outputs"]["inputs"]}) == 3
+
+
+class Branches(PairNet):
+    """Another function below some size."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if x.shape[-1] > 100 else -y
+
+
+class Fixed(PairNet):
+    """One size alone."""
+
+    def forward(self, x):
+        return super().forward(x).reshape(-1, 4 * 9 * 9)
+
+
+@pytest.mark.parametrize(("net", "why"), [(Branches, "it takes another path at inputs"), (Fixed, "invalid for input")])
+def test_axes_that_a_model_cannot_leave_open(tmp_path, net, why):
+    model, x, path = net(2).eval(), torch.randn(1, 4, 9, 9), tmp_path / "net.onnx"
+    with pytest.raises(ValueError, match=rf"not run at every size of batch, height, width: .*{why}.*'batch'"):
+        to_onnx(model, x, path, dynamic=OPEN)
+    assert not list(tmp_path.iterdir())
+    to_onnx(model, x, path)
+    torch.testing.assert_close(run(path, x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+# Minutes: pytest -m slow tests/test_export_onnx.py
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet50_poolskip", "vgg11_bn_poolskip", "vit_tiny_patch16_224_poolskip"])
+def test_one_full_size_of_each_family(tmp_path, name):
+    model = timm.create_model(name).eval()
+    dynamic = ("batch",) if name.startswith("vit") else OPEN
+    for target in ("onnxruntime", "openvino"):
+        report = to_onnx(model, torch.randn(1, 3, 224, 224), tmp_path / "net.onnx", target, dynamic=dynamic)
+        assert len(report["blocks"]) == len(pool_skip_modules(model))
+
+
+# --- failed checks leave nothing
+
+
+def test_a_wrong_unpooling_leaves_no_file(tmp_path, monkeypatch):
+    from poolskip_zoo.export import onnx_forms
+
+    # All equal maxima in place of the first one.
+    monkeypatch.setattr(onnx_forms._Writer, "first", lambda self, is_max, pooled: is_max)
+    with pytest.raises(RuntimeError, match=r"max_unpool2d.*export_nets\.py.*'keys' differs from torch .* on ties"):
+        to_onnx(PairNet(2).eval(), torch.randn(1, 4, 9, 9), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_model_leaves_no_file(tmp_path, monkeypatch):
+    from poolskip_zoo.export import verify
+
+    good = verify.runner
+    wrong = lambda model, runtime: lambda arrays: [each * np.float32(1.01) for each in good(model, runtime)(arrays)]  # noqa: E731
+    monkeypatch.setattr(verify, "check_blocks", lambda *args: 0)
+    monkeypatch.setattr(verify, "runner", wrong)
+    with pytest.raises(RuntimeError, match=r"net\.onnx is not kept: its outputs differ .* by 1\.0e-02"):
+        to_onnx(PairNet(2).eval(), torch.randn(1, 4, 9, 9), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"path": "net.pb"}, "ends in .onnx"),
+        ({"opset": 17}, "opset=17: expected at least 18"),
+        ({"dynamic": ("height", "depth")}, "dynamic='depth': the inputs have batch, height, width"),
+        ({"dynamic": "batch"}, "expected a tuple"),
+        ({"target": "ncnn", "dynamic": ("batch",)}, "ncnn takes fixed sizes alone"),
+        ({"target": "nvidia"}, "target='nvidia'"),
+    ],
+)
+def test_options_are_checked(tmp_path, options, says):
+    path = tmp_path / options.pop("path", "net.onnx")
+    with pytest.raises(ValueError, match=says):
+        to_onnx(PairNet(2).eval(), torch.randn(1, 4, 9, 9), path, **options)
+
+
+def test_ncnn_has_its_few_operators(tmp_path):
+    to_onnx(PairNet(2).eval(), torch.randn(1, 4, 9, 8), tmp_path / "net.onnx", "ncnn")
+    allowed = {"MaxPool", "Conv", "Resize", "Slice", "Pad", "Sub", "Mul", "Min", "Relu", "Add", "Constant"}
+    assert set(operators(tmp_path / "net.onnx")) <= allowed
+
+
+def test_openvino_files(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    model, path = SegNet().eval(), tmp_path / "net.xml"
+    report = to_openvino(model, torch.randn(1, 3, 32, 32), path, dynamic=OPEN, metadata={"class_names": ["a"]})
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted(
+        ["net.xml", "net.bin", "net.xml.json", "poolskip_predictor.py"]
+    )
+    assert report["outputs"]["max_relative_error"] <= 1e-3
+    x = torch.randn(2, 3, 21, 30)
+    got = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([x.numpy()])[0]
+    torch.testing.assert_close(torch.from_numpy(got), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_not_a_number_and_infinity_are_as_documented(tmp_path):
+    """docs/export.md: in ONNX Runtime NaN stays NaN in its cell, and windows without one are not affected."""
+    model = PairNet(2, others=False).eval()
+    x = torch.rand(1, 4, 8, 8)
+    x[0, 0, 0, 0], x[0, 1, 2, 3], x[0, 2, 0, 0] = torch.nan, torch.inf, -torch.inf
+    for lowering in ("keys", "native"):
+        to_onnx(model, x, tmp_path / "net.onnx", lowering=lowering, dynamic=())
+        got, expected = run(tmp_path / "net.onnx", x), model(x)
+        assert got[0, 1, 2, 3] == torch.inf
+        if lowering == "keys":
+            assert got[0, 0, 0, 0].isnan()
+            assert got[0, 2, 0, 0].isnan()
+        keep = torch.ones(1, 4, 8, 8, dtype=torch.bool)
+        keep[0, 0, :2, :2] = keep[0, 2, 0, 0] = False
+        assert torch.equal(got[keep], expected[keep])

@@ -1,0 +1,199 @@
+"""The predictor beside an exported file: same answers as the package, without torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from export_nets import SegNet
+from PIL import Image
+
+from poolskip_zoo.cli import main
+from poolskip_zoo.export import to_onnx, to_openvino
+from poolskip_zoo.export.predictor import Predictor
+from poolskip_zoo.inference import Classifier, read_image
+from poolskip_zoo.samples import sample_paths
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+NAME = "test_resnet_poolskip"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A classifier and its exported file."""
+    import timm
+
+    folder = tmp_path_factory.mktemp("exported")
+    model = timm.create_model(NAME, num_classes=12).eval()
+    # Random weights give near-equal classes: sharper ones rank without ties.
+    model.get_classifier().weight.data.mul_(30)
+    classifier = Classifier(model)
+    from poolskip_zoo.cli.export import _metadata
+
+    facts = _metadata(model)
+    facts["class_names"] = [f"class {i}" for i in range(12)]
+    classifier.labels = facts["class_names"]
+    to_onnx(model, torch.randn(1, *facts["input_size"]), folder / "net.onnx", metadata=facts)
+    return classifier, folder, facts
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Files wider, taller and smaller than the crop, and of other modes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    image = read_image(sample_paths()[0])
+    files = []
+    for i, size in enumerate([(300, 201), (121, 250), (40, 37), (224, 224)]):
+        files.append(folder / f"{i}.png")
+        image.resize(size).save(files[-1])
+    files.append(folder / "palette.png")
+    image.convert("P").save(files[-1])
+    return files
+
+
+def same(got, expected):
+    assert [label for label, _ in got[:5]] == [label for label, _ in expected[:5]]
+    np.testing.assert_allclose([p for _, p in got], [p for _, p in expected], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_same_ranking(exported, pictures, runtime):
+    pytest.importorskip(runtime)
+    classifier, folder, _ = exported
+    predictor = Predictor(folder / "net.onnx", runtime)
+    for picture, expected in zip(pictures, classifier([read_image(each) for each in pictures]), strict=True):
+        same(predictor(picture), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"crop_mode": "squash"},
+        {"crop_pct": 1.0},
+        {"interpolation": "bilinear"},
+        {"input_size": [3, 96, 64]},
+        {"input_size": [3, 96, 64], "crop_mode": "squash", "interpolation": "nearest"},
+    ],
+    ids=str,
+)
+def test_prepares_images_as_timm(exported, pictures, change):
+    from timm.data import create_transform
+
+    _, folder, facts = exported
+    predictor = Predictor(folder / "net.onnx")
+    predictor.metadata.update(change)
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    transform = create_transform(**{key: {**facts, **change}[key] for key in keys})
+    for picture in pictures:
+        image = read_image(picture)
+        got = predictor._normalise(predictor._crop(image))[0]
+        torch.testing.assert_close(torch.from_numpy(got), transform(image), rtol=0, atol=1e-6)
+
+
+WITHOUT_TORCH = """
+import json, sys
+for name in ("torch", "torchvision", "timm", "poolskip_zoo", "onnx"):
+    sys.modules[name] = None
+from poolskip_predictor import Predictor
+print(json.dumps([Predictor(sys.argv[1], sys.argv[2])(path) for path in sys.argv[3:]]))
+"""
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_runs_without_torch(exported, pictures, runtime):
+    pytest.importorskip(runtime)
+    classifier, folder, _ = exported
+    command = [sys.executable, "-c", WITHOUT_TORCH, "net.onnx", runtime, *map(str, pictures)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    expected = classifier([read_image(each) for each in pictures])
+    for got, ranked in zip(json.loads(done.stdout.splitlines()[-1]), expected, strict=True):
+        same(got, ranked)
+
+
+def test_masks_and_openvino_files(tmp_path, pictures):
+    pytest.importorskip("openvino")
+    model = SegNet().eval()
+    facts = {"task": "segmentation", "input_size": [3, 48, 32], "mean": [0.5] * 3, "std": [0.2] * 3}
+    facts.update(interpolation="bilinear", crop_pct=1.0, class_names=["a", "b", "c"])
+    to_openvino(model, torch.randn(1, 3, 48, 32), tmp_path / "net.xml", metadata=facts)
+    mask = Predictor(tmp_path / "net.xml")(pictures[0])
+    image = read_image(pictures[0]).resize((32, 48), Image.Resampling.BILINEAR)
+    x = (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255 - 0.5) / 0.2
+    classes = model(x)[0].argmax(0).to(torch.float32)[None, None]
+    # Pillow and torch both take the source cell in which the middle of the target cell lies.
+    expected = torch.nn.functional.interpolate(classes, (201, 300), mode="nearest-exact")[0, 0]
+    assert mask.shape == (201, 300)
+    assert set(np.unique(mask)) <= {0, 1, 2}
+    assert (torch.from_numpy(mask.copy()) == expected).float().mean() > 0.995
+
+
+def test_files_that_are_none_of_ours(tmp_path):
+    import onnx
+    from onnx import TensorProto, helper
+
+    with pytest.raises(FileNotFoundError, match=r"no such model"):
+        Predictor(tmp_path / "net.onnx")
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "net", value[:1], value[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match="holds no metadata"):
+        Predictor(tmp_path / "net.onnx")
+    helper.set_model_props(model, {"poolskip_zoo": json.dumps({"lowering": "keys"})})
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match="how images are prepared: crop_pct, input_size"):
+        Predictor(tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match="runtime='tvm': expected one of onnxruntime, openvino"):
+        Predictor(tmp_path / "net.onnx", "tvm")
+
+
+# --- the command
+
+
+def test_command(tmp_path, capsys):
+    path = tmp_path / "net.onnx"
+    assert main(["export", NAME, "--no-pretrained", "--size", "64", "96", "--output", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "equal to torch's to the bit" in out
+    assert "largest relative error" in out
+    metadata = Predictor(path).metadata
+    assert metadata["input_size"] == [3, 64, 96]
+    assert metadata["checkpoint"].startswith(NAME)
+    assert len(metadata["class_names"]) == 1000
+
+
+def test_command_on_a_folder_and_other_formats(tmp_path):
+    folder = Path(__file__).resolve().parent.parent / "hub_cards" / "resnet20_cifar_poolskip.c10_e20"
+    assert main(["export", str(folder), "--output", str(tmp_path / "net.pt")]) == 0
+    extra = {"poolskip_zoo": ""}
+    torch.jit.load(tmp_path / "net.pt", _extra_files=extra)
+    assert json.loads(extra["poolskip_zoo"])["class_names"][0] == "airplane"
+    assert main(["export", NAME, "--no-pretrained", "--size", "64", "64", "--output", str(tmp_path / "net.pt2")]) == 0
+    assert (tmp_path / "net.pt2").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["no_such_model"], "unknown model 'no_such_model'"),
+        ([NAME], f"{NAME} has no weights; --no-pretrained"),
+        (
+            [NAME, "--no-pretrained", "--output", "net.pt", "--half"],
+            "--half: the format torchscript takes dynamic",
+        ),
+        ([NAME, "--no-pretrained", "--target", "phone"], "target='phone': expected one of onnxruntime"),
+    ],
+)
+def test_command_errors(tmp_path, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", *words]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,85 @@
+"""TorchScript and torch.export files: several sizes, and loading without this package."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from export_nets import SegNet
+
+from poolskip_zoo.export import to_exported_program, to_torchscript
+
+OPEN = ("batch", "height", "width")
+
+LOAD = """
+import sys
+sys.modules["poolskip_zoo"] = None
+import torch
+values, *paths = sys.argv[1:]
+models = [torch.jit.load(p) if p.endswith(".pt") else torch.export.load(p).module() for p in paths]
+with torch.no_grad():
+    torch.save([[model(x) for x in torch.load(values)] for model in models], values)
+"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Files of each kind, their models, and the reports."""
+    folder = tmp_path_factory.mktemp("written")
+    files = {}
+    for name in ("test_resnet_poolskip", "segnet"):
+        model = (SegNet() if name == "segnet" else timm.create_model(name)).eval()
+        x = torch.randn(1, 3, 64, 64)
+        options = {"dynamic": OPEN, "metadata": {"class_names": ["a"]}}
+        path = folder / f"{name}.pt"
+        files[path] = model, to_torchscript(model, x, path, **options)
+        path = folder / f"{name}.pt2"
+        files[path] = model, to_exported_program(model, x, path, **options)
+        path = folder / f"{name}_script.pt"
+        if name == "segnet":
+            # torch's unpooling module does not script.
+            with pytest.raises(RuntimeError):
+                to_torchscript(model, x, path, "script", **options)
+        else:
+            files[path] = model, to_torchscript(model, x, path, "script", **options)
+    assert sorted(folder.iterdir()) == sorted([*files, *(path.with_name(f"{path.name}.json") for path in files)])
+    return files
+
+
+def test_reports_and_metadata(written):
+    for path, (_, report) in written.items():
+        assert report["outputs"]["max_relative_error"] <= 1e-4
+        assert len(report["outputs"]["inputs"]) >= 2
+        extra = {"poolskip_zoo": ""}
+        if path.suffix == ".pt":
+            torch.jit.load(path, _extra_files=extra)
+        else:
+            torch.export.load(path, extra_files=extra)
+            assert report["lowering"] == ["keys"]
+        assert json.loads(extra["poolskip_zoo"])["class_names"] == ["a"]
+
+
+def test_loads_without_this_package(written, tmp_path):
+    inputs = [torch.randn(3, 3, 71, 90), torch.randn(1, 3, 130, 97)]
+    torch.save(inputs, tmp_path / "values")
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "values"), *map(str, written)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for outputs, (model, _) in zip(torch.load(tmp_path / "values"), written.values(), strict=True):
+        for got, x in zip(outputs, inputs, strict=True):
+            torch.testing.assert_close(got, model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_options_are_checked(tmp_path):
+    model, x = SegNet().eval(), torch.randn(1, 3, 32, 32)
+    with pytest.raises(ValueError, match="method='jit'"):
+        to_torchscript(model, x, tmp_path / "net.pt", "jit")
+    with pytest.raises(ValueError, match=r"\.pt2"):
+        to_exported_program(model, x, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=r"model\.eval"):
+        to_torchscript(SegNet(), x, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="dynamic='depth'"):
+        to_exported_program(model, x, tmp_path / "net.pt2", dynamic=("depth",))
+    assert not list(tmp_path.iterdir())

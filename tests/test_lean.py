@@ -1,0 +1,213 @@
+"""The lean backward: what it computes, what it keeps, and when it steps aside."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.utils.checkpoint import checkpoint
+
+from poolskip_zoo.layers import PoolSkip1d, PoolSkip2d, PoolSkip3d, lean, max_pool_unpool2d
+
+POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
+UNPOOL = (F.max_unpool1d, F.max_unpool2d, F.max_unpool3d)
+LAYER = (PoolSkip1d, PoolSkip2d, PoolSkip3d)
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def stock(layer: nn.Module, x: Tensor) -> Tensor:
+    """The reference's composition, by torch alone."""
+    place, e = layer.dims - 1, layer.window
+    values, indices = POOL[place](x, e, e, ceil_mode=True, return_indices=True)
+    return x + layer.conv(UNPOOL[place](values, indices, e, e, output_size=x.shape[2:]))
+
+
+def gradients(function, layer, x, weights):
+    x = x.detach().requires_grad_()
+    layer.zero_grad()
+    y = function(x)
+    (y * weights).sum().backward()
+    return [y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())]
+
+
+@pytest.fixture
+def lean_runs(monkeypatch):
+    """Counts the calls of the lean path."""
+    calls = []
+    apply = lean._Pool.apply
+    monkeypatch.setattr(lean._Pool, "apply", lambda *args: calls.append(1) or apply(*args))
+    return calls
+
+
+@given(
+    dims=st.integers(1, 3),
+    e=st.sampled_from([2, 3, 4]),
+    sizes=st.lists(st.integers(1, 9), min_size=3, max_size=3),
+    last=st.booleans(),
+    values=st.sampled_from(["normal", "ties", "nan", "inf"]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_equal_to_the_bit(dims, e, sizes, last, values, dtype, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(2, 4, *sizes[:dims])
+    if values == "ties":
+        x = x.round()
+    elif values != "normal":
+        x[torch.rand_like(x) < 0.2] = float(values)
+    x = x.to(dtype)
+    layer = LAYER[dims - 1](4, e).to(dtype)
+    if last and dims > 1:
+        x = x.to(memory_format=LAST[dims + 2])
+    weights = torch.randn_like(x)
+    expected = gradients(lambda x: stock(layer, x), layer, x, weights)
+    got = gradients(layer, layer, x, weights)
+    finite = values in ("normal", "ties")
+    for one, other in zip(got[:2] if finite else got[:1], expected, strict=False):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    if finite:  # sums over places, whose order is the convolution's own
+        scale = 1e-12 if dtype == torch.float64 else 1e-4 if dtype == torch.float32 else 2e-2
+        for one, other in zip(got[2:], expected[2:], strict=True):
+            torch.testing.assert_close(one, other, rtol=scale, atol=scale * max(1.0, float(other.abs().max())))
+
+
+@pytest.mark.parametrize("e", [2, 4])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_first_and_second_derivatives(e, layout, lean_runs):
+    torch.manual_seed(0)
+    layer = PoolSkip2d(2, e, groups=2).double()
+    x = torch.randn(1, 2, 7, 9, dtype=torch.float64)
+    x = (x.to(memory_format=torch.channels_last) if layout == "channels_last" else x).requires_grad_()
+    parameters = tuple(layer.conv.parameters())
+
+    def call(x, weight, bias):
+        layer.conv.weight, layer.conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+        return functional_call(layer, {"conv.weight": weight, "conv.bias": bias}, (x,))
+
+    assert torch.autograd.gradcheck(call, (x, *parameters))
+    assert torch.autograd.gradgradcheck(call, (x, *parameters))
+    assert torch.autograd.gradgradcheck(lambda x: max_pool_unpool2d(x, e) ** 2, (x,))
+    assert lean_runs
+
+
+@pytest.mark.parametrize(
+    ("e", "most", "stock_bytes"),
+    [(2, 1.5, 10.0), (4, 0.375, 8.5)],
+)
+@pytest.mark.parametrize("width", [32, 96])
+def test_saved_bytes(e, most, stock_bytes, width):
+    layer = PoolSkip2d(8, e, groups=8)
+    x = torch.randn(2, 8, 32, width, requires_grad=True)
+
+    def saved(function):
+        storages = {}
+        own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+        leaf = x * 1  # no leaf, so that saving x counts
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = function(leaf)
+        assert y.requires_grad
+        return sum(size for place, size in storages.items() if place not in own) / x.numel()
+
+    assert saved(layer) <= most
+    assert saved(lambda x: stock(layer, x)) == pytest.approx(stock_bytes, rel=0.01)
+
+
+def test_autocast_takes_the_types_of_the_stock_composition(lean_runs):
+    layer = PoolSkip2d(4)
+    x = torch.randn(2, 4, 6, 6)
+    for kind in (torch.float32, torch.bfloat16):  # also with the backward inside the context
+        with torch.autocast("cpu", torch.bfloat16):
+            got = gradients(layer, layer, x.to(kind), torch.ones_like(x))
+            expected = gradients(lambda x: stock(layer, x), layer, x.to(kind), torch.ones_like(x))
+        assert [one.dtype for one in got] == [one.dtype for one in expected]
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+    assert len(lean_runs) == 2
+
+
+def test_checkpointing_copies_and_frozen_parts(lean_runs):
+    layer = PoolSkip2d(4)
+    x = torch.randn(2, 4, 6, 6)
+    weights = torch.randn_like(x)
+    expected = gradients(layer, layer, x, weights)
+    for function in (
+        lambda x: checkpoint(layer, x, use_reentrant=False),
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+    ):
+        own = function if isinstance(function, nn.Module) else layer
+        for one, other in zip(gradients(function, own, x, weights), expected, strict=True):
+            assert torch.equal(one, other)
+    layer.conv.weight.requires_grad_(False)
+    y, of_x, of_weight, of_bias = gradients(layer, layer, x, weights)
+    assert of_weight is None
+    assert all(map(torch.equal, (y, of_x, of_bias), (expected[0], expected[1], expected[3])))
+    layer.requires_grad_(False)
+    assert torch.equal(gradients(layer, layer, x, weights)[1], expected[1])
+    layer.requires_grad_(True)
+    layer(x).sum().backward()  # an input without gradient
+    assert layer.conv.weight.grad is not None
+    assert len(lean_runs) >= 6
+
+
+def test_transforms_and_forward_mode_take_the_stock_pair(lean_runs):
+    torch.manual_seed(0)
+    layer = PoolSkip2d(2).double()
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    x = torch.randn(3, 2, 5, 5, dtype=torch.float64)
+
+    def loss(parameters, x):
+        return functional_call(layer, parameters, (x.unsqueeze(0),)).pow(2).sum()
+
+    per_sample = vmap(grad(loss), (None, 0))(parameters, x)
+    for name in parameters:
+        for sample in range(3):
+            assert torch.allclose(per_sample[name][sample], grad(loss)(parameters, x[sample])[name])
+    tangent = torch.randn_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        dual = layer(torch.autograd.forward_ad.make_dual(x, tangent))
+        along = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    assert torch.allclose(along, jvp(layer, (x,), (tangent,))[1])
+    step = 1e-6
+    assert torch.allclose(along, (layer(x + step * tangent) - layer(x - step * tangent)) / (2 * step), atol=1e-6)
+    with torch.no_grad():
+        layer(x)
+    assert len(lean_runs) == 2  # the two of the finite difference
+
+
+def test_it_steps_aside_for_hooks_and_other_convolutions(lean_runs):
+    x = torch.randn(1, 4, 6, 6, requires_grad=True)
+    layer = PoolSkip2d(4)
+    seen = []
+    handle = layer.conv.register_forward_hook(lambda *args: seen.append(1))
+    layer(x)
+    handle.remove()
+    torch.nn.utils.parametrizations.weight_norm(layer.conv)
+    y = layer(x)
+    assert torch.allclose(y, stock(layer, x))
+    assert seen
+    assert layer.conv.parametrizations.weight.original0.requires_grad
+    y.sum().backward()
+    assert layer.conv.parametrizations.weight.original0.grad is not None
+
+
+def test_compile_takes_one_graph_forward_and_backward():
+    torch._dynamo.reset()
+    layer = PoolSkip2d(4)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in ((6, 6), (9, 7)):
+        x = torch.randn(2, 4, *size)
+        weights = torch.randn_like(x)
+        for one, other in zip(gradients(compiled, layer, x, weights), gradients(layer, layer, x, weights), strict=True):
+            torch.testing.assert_close(one, other)

@@ -1,0 +1,122 @@
+"""Lists of runs: order, limits, failures, parts, the summary."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training import PLAIN, call, data, recipe  # noqa: F401  data is a fixture
+
+from poolskip_zoo.cli import train_many as verb
+from poolskip_zoo.training import join_weights, load_list, train_many
+from poolskip_zoo.training.many import SUMMARY
+
+
+def rows(output: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((output / SUMMARY).open()))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(recipe(**{**PLAIN, "epochs": 1}).to_yaml())
+    return path
+
+
+def test_a_list_expands_to_seeds_and_changes(tmp_path: Path, tiny: Path) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text(
+        f"- {tiny}\n- recipe: {tiny}\n  seeds: [1, 2]\n- recipe: {tiny}\n"
+        "  set: {name: other.tiny, lr: 0.5, model_args: {drop_rate: 0.25}}\n"
+    )
+    recipes = load_list(path)
+    assert [(each.name, each.seed) for each in recipes] == [
+        *(("test_resnet.tiny", seed) for seed in (0, 1, 2)),
+        ("other.tiny", 0),
+    ]
+    assert (recipes[3].lr, recipes[3].model_args) == (0.5, {"drop_rate": 0.25})
+
+
+def test_shipped_lists_name_shipped_recipes() -> None:
+    names = [recipe.name for recipe in load_list("c10")]
+    assert names[:2] == ["resnet20_cifar.c10", "resnet20_cifar_poolskip.c10"]
+    assert len(names) == 8
+    with pytest.raises(FileNotFoundError, match=r"no shipped list of that name; shipped: .*c10"):
+        load_list("c11")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{}", "must be a YAML list"),
+        ("- {recipe: x, seed: 1}", "mapping of recipe, seeds, set"),
+        ("- {recipe: TINY, seeds: 1}", "seeds must be a list"),
+        ("- TINY\n- TINY", "with seed 0 twice"),
+        ("- {recipe: TINY, set: {lrr: 1}}", "unknown recipe key 'lrr'"),
+        ("- {recipe: TINY, seeds: [-1]}", "seed=-1"),
+        ("- {", "no valid YAML"),
+    ],
+)
+def test_mistakes_in_a_list_are_named(tmp_path: Path, tiny: Path, text: str, said: str) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text(text.replace("TINY", str(tiny)))
+    with pytest.raises(ValueError, match=said):
+        load_list(path)
+
+
+def test_limit_stops_and_the_next_call_goes_on(data: Path, tmp_path: Path) -> None:  # noqa: F811
+    short = {**PLAIN, "epochs": 1}
+    recipes = [recipe(**short), recipe(**short, seed=1)]
+    outcomes = train_many(recipes, data, tmp_path, limit_seconds=1e-6, cpu=True)
+    assert {outcome.state for outcome in outcomes} == {"waiting"}
+    outcomes = train_many(recipes, data, tmp_path, limit_seconds=1e-2, cpu=True)
+    assert [outcome.state for outcome in outcomes] == ["stopped", "waiting"]
+    assert [row["state"] for row in rows(tmp_path)] == ["stopped", "waiting"]
+    assert [each.state for each in train_many(recipes, data, tmp_path, cpu=True)] == ["finished"] * 2
+    whole = train_many(recipes[:1], data, tmp_path / "whole", cpu=True)
+    name = "test_resnet.tiny-s0/model.safetensors"
+    stopped, straight = load_file(tmp_path / name), load_file(tmp_path / "whole" / name)
+    assert all(torch.equal(stopped[key], straight[key]) for key in straight)
+    assert whole[0].metrics is not None
+    with pytest.raises(ValueError, match="limit_seconds=-1 must"):
+        train_many(recipes, data, tmp_path, limit_seconds=-1)
+
+
+def test_a_failed_run_keeps_none_of_the_others(data: Path, tmp_path: Path) -> None:  # noqa: F811
+    short = {**PLAIN, "epochs": 1}
+    recipes = [recipe(**{**short, "name": "x.diverges", "lr": 1e30}), recipe(**short)]
+    outcomes = train_many(recipes, data, tmp_path, cpu=True)
+    assert [outcome.state for outcome in outcomes] == ["failed", "finished"]
+    assert "the loss is nan at epoch 1" in outcomes[0].error
+    assert [row["state"] for row in rows(tmp_path)] == ["failed", "finished"]
+
+
+def test_the_command_tests_once_and_leaves_parts(
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    tiny: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "list.yaml").write_text(f"- {tiny}\n")
+    arguments = (tmp_path / "list.yaml", "--data-dir", data, "--output", tmp_path / "runs", "--cpu", "--test")
+    assert call(verb, *arguments, "--part-size", "350KB") == 0
+    assert "test_resnet.tiny, seed 0: finished" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "test_resnet.tiny-s0"
+    (row,) = rows(tmp_path / "runs")
+    assert row["state"] == "finished"
+    assert 0 <= float(row["test_top1"]) <= 100
+    parts = sorted((folder / "parts").glob("*.safetensors"))
+    assert len(parts) > 1
+    assert all(part.stat().st_size < 360_000 for part in parts)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    join_weights(folder)
+    assert (folder / "model.safetensors").read_bytes() == whole
+    (folder / "scores.json").write_text('{"top1": 12.5, "loss": 1.0}')  # a second look would write another number
+    assert call(verb, *arguments) == 0
+    assert rows(tmp_path / "runs")[0]["test_top1"] == "12.5"
+    (folder / "model.safetensors").unlink()
+    parts[0].unlink()
+    with pytest.raises(FileNotFoundError, match=f"lacks {parts[0].name}"):
+        join_weights(folder)
