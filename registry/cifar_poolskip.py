@@ -20,6 +20,12 @@ from ..models.vit import PoolSkipVisionTransformer
 from .build import create
 from .checkpoint import SUFFIX, Checkpoint, cfg_for_data, trained_cfgs
 
+_BORN_DEAD = (
+    "192 of the 688 filters of the base network never learnt anything: each block's last norm started at zero, which "
+    "behind zero-padded shortcuts stays so for good. It is kept for comparison; what it says of Pool Skip is worth "
+    "little."
+)
+
 CHECKPOINTS: tuple[Checkpoint, ...] = (
     Checkpoint(
         name="resnet20_cifar_poolskip.c10_e20",
@@ -32,6 +38,7 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         hours=1.701,
         images_per_second=192.3,
         torch="2.15.0",
+        caveat=_BORN_DEAD,
     ),
     Checkpoint(
         name="resnet20_cifar.c10_e20",
@@ -44,6 +51,7 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         hours=1.078,
         images_per_second=312.1,
         torch="2.15.0",
+        caveat=_BORN_DEAD,
     ),
 )
 
