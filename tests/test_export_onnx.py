@@ -107,6 +107,8 @@ def test_float16(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in registered_models(test=True) if name.startswith("test_")])
 def test_every_tiny_variant(tmp_path, name):
+    if torch.__version__.startswith("2.6.") and name in ("test_vgg_poolskip", "test_vit_poolskip"):
+        pytest.skip("torch 2.6 fixes the sizes of VGG's pooling, and cannot write the resampling of a ViT's positions")
     model = timm.create_model(name).eval()
     x = torch.randn(1, *model.pretrained_cfg["input_size"])
     report = to_onnx(model, x, tmp_path / "net.onnx", dynamic=OPEN)

@@ -61,7 +61,18 @@ def same(got, expected):
     np.testing.assert_allclose([p for _, p in got], [p for _, p in expected], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+RUNTIMES = [
+    "onnxruntime",
+    pytest.param(
+        "openvino",
+        marks=pytest.mark.skipif(
+            torch.__version__.startswith("2.6."), reason="OpenVINO wants ranks that torch 2.6 does not write into ONNX"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
 def test_same_ranking(exported, pictures, runtime):
     pytest.importorskip(runtime)
     classifier, folder, _ = exported
@@ -104,7 +115,7 @@ print(json.dumps([Predictor(sys.argv[1], sys.argv[2])(path) for path in sys.argv
 """
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", RUNTIMES)
 def test_runs_without_torch(exported, pictures, runtime):
     pytest.importorskip(runtime)
     classifier, folder, _ = exported

@@ -139,7 +139,7 @@ def _export(model, x, path):
             temporary,
             input_names=["image"],
             output_names=["logits"],
-            dynamic_shapes=({0: "batch"},),
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),  # torch 2.6 would fix a named axis
             dynamo=True,
             external_data=False,
             verbose=False,
