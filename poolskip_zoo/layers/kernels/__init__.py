@@ -1,6 +1,7 @@
 """Triton kernels for CUDA: one pass over memory each, equal to the bit to torch's pooling and unpooling.
 
-The environment variable `POOLSKIP_TRITON=0` turns them off.
+They were checked by Triton's interpreter alone, not on a GPU yet: the environment variable `POOLSKIP_TRITON=1` turns
+them on.
 """
 
 import functools
@@ -34,7 +35,7 @@ def applies(x: Tensor, window: list[int]) -> bool:
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
         and x.numel() > 0
-        and os.environ.get(TRITON_VARIABLE, "1") != "0"
+        and os.environ.get(TRITON_VARIABLE, "0") == "1"
         and _installed()
     )
 
