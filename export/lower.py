@@ -107,7 +107,7 @@ def lower_unpooling(
         >>> torch.equal(lowered(x), Net()(x)), [block.lowering for block in blocks_of(lowered)]
         (True, ['keys'])
     """
-    check_target(target, lowering)
+    check_target(target, lowering, onnx=False)
     if not isinstance(model, ExportedProgram):
         if example is None:
             raise ValueError("example=None: a module is captured with example arguments; pass a tensor or a tuple")
@@ -206,7 +206,7 @@ def lower_program(
     """
     module = program.module()
     assert isinstance(module, GraphModule)
-    graph, choice, blocks = module.graph, check_target(target, lowering), []
+    graph, choice, blocks = module.graph, check_target(target, lowering, onnx=False), []
     for unpooling in [node for node in graph.nodes if node.target in _UNPOOLS]:
         pair = _Pair(unpooling)
         wanted = lowering if pair.pooling is None else choice.choose(pair.window, lowering)

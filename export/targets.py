@@ -21,14 +21,17 @@ class Target:
     Args:
         lowering: form of windows of at most four cells.
         large: form of larger windows.
-        runtime: where a file is checked, `onnxruntime`, `onnxruntime-cuda` or `openvino`; the nearest to the target.
-        dynamic: whether the runtime takes dynamic sizes.
+        runtime: where an ONNX file is checked, `onnxruntime`, `onnxruntime-cuda` or `openvino`; the nearest to the
+            target.
+        dynamic: whether files of open sizes are written for it.
+        writer: function that writes the target's files, where they are no ONNX files.
     """
 
     lowering: str = "keys"
     large: str = "keys"
     runtime: str = "onnxruntime"
     dynamic: bool = True
+    writer: str | None = None
 
     def choose(self, window: list[int], lowering: str | None = None) -> str:
         """Lowering of one pooling.
@@ -51,29 +54,39 @@ TARGETS = {
     "web": Target(large="native"),
     "ncnn": Target(lowering="arith", large="arith", dynamic=False),
     "tensorrt": Target(),
+    "coreml": Target(dynamic=False, writer="to_coreml"),
+    "litert": Target(dynamic=False, writer="to_litert"),
+    # What XNNPACK lacks of the keys (comparing, remainders) takes longer than all of arith.
+    "executorch": Target(lowering="arith", large="arith", dynamic=False, writer="to_executorch"),
 }
 
 
-def check_target(target: str, lowering: str | None = None) -> Target:
+def check_target(target: str, lowering: str | None = None, onnx: bool = True) -> Target:
     """Look a target up.
 
     Args:
         target: one of `TARGETS`.
         lowering: one of `LOWERINGS` or None.
+        onnx: whether it is to be given an ONNX file.
 
     Returns:
         The target.
 
     Raises:
-        ValueError: if either is unknown, or OpenVINO is to take MaxUnpool.
+        ValueError: if either is unknown, the target takes no ONNX files and is to be given one, or a target without
+            MaxUnpool is to take it.
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r}: expected one of {', '.join(TARGETS)}")
     if lowering is not None and lowering not in LOWERINGS:
         raise ValueError(f"lowering={lowering!r}: expected one of {', '.join(LOWERINGS)}")
-    if target == "openvino" and lowering == "native":
-        raise ValueError("lowering='native': OpenVINO has no MaxUnpool; take 'keys', 'scatter' or 'arith'")
-    return TARGETS[target]
+    choice = TARGETS[target]
+    if choice.writer and onnx:
+        raise ValueError(f"target={target!r} takes no ONNX file; {choice.writer} writes its own")
+    if lowering == "native" and (choice.writer or target == "openvino"):
+        name = "OpenVINO" if target == "openvino" else target
+        raise ValueError(f"lowering='native': {name} has no MaxUnpool; take 'keys', 'scatter' or 'arith'")
+    return choice
 
 
 def check_drop_in(model: nn.Module, target: str, lowering: str | None) -> None:
@@ -89,7 +102,7 @@ def check_drop_in(model: nn.Module, target: str, lowering: str | None) -> None:
     """
     for name, module in model.named_modules():
         if isinstance(module, unpool._MaxPoolNd):
-            form = check_target(target, lowering).choose(module.window, lowering)
+            form = check_target(target, lowering, onnx=False).choose(module.window, lowering)
             if form != "keys":
                 raise ValueError(
                     f"{name or 'the model'} is poolskip_zoo's {type(module).__name__}, which exports as keys, and "

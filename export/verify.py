@@ -133,12 +133,13 @@ def check_outputs(run: Run, reference: Callable[..., Any], inputs: list[tuple[An
     }
 
 
-def judge(outputs: dict[str, Any], path: Path) -> None:
-    """Refuse a file that differs from eager mode by more than flipped near-ties explain.
+def judge(outputs: dict[str, Any], path: Path, reference: str = "eager mode") -> None:
+    """Refuse a file that differs from a reference by more than flipped near-ties explain.
 
     Args:
         outputs: what `check_outputs` found, with `flipped_windows` where that was measured.
         path: the file, for the message.
+        reference: what it is compared with, for the message.
 
     Raises:
         RuntimeError: naming the measured and the allowed difference.
@@ -148,12 +149,12 @@ def judge(outputs: dict[str, Any], path: Path) -> None:
     close = error <= limit
     if math.isnan(error) or not (close or flipped > 0):
         raise RuntimeError(
-            f"{path.name} is not kept: its outputs differ from eager mode's by {error:.1e} of the largest (allowed: "
+            f"{path.name} is not kept: its outputs differ from {reference}'s by {error:.1e} of the largest (allowed: "
             f"{limit:.0e}) at inputs {outputs['inputs']}, and no near-tie flipped"
         )
     if not close and outputs["agreement"] < AGREEMENT:
         raise RuntimeError(
-            f"{path.name} is not kept: only {outputs['agreement']:.1%} of the classes equal eager mode's (asked: "
+            f"{path.name} is not kept: only {outputs['agreement']:.1%} of the classes equal {reference}'s (asked: "
             f"{AGREEMENT:.1%}); {flipped:.2%} of the windows flipped"
         )
 

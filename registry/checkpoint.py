@@ -76,7 +76,6 @@ class Checkpoint:
             when this checkpoint is loaded.
         base_scores: of a run of the base by the same recipe whose weights are not published: `metrics`, `hours` and
             `images_per_second` by name.
-        caveat: what is wrong with it, in sentences for the card; empty for nothing that is known.
     """
 
     name: str
@@ -93,7 +92,6 @@ class Checkpoint:
     torch: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     base_scores: dict[str, float] = field(default_factory=dict)
-    caveat: str = ""
 
     @property
     def arch(self) -> str:

@@ -152,6 +152,26 @@ def test_one_full_size_of_each_family(tmp_path, name):
         assert len(report["blocks"]) == len(pool_skip_modules(model))
 
 
+# Minutes: pytest -m slow tests/test_export_onnx.py
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("head", "encoder"),
+    [
+        ("unet_poolskip", "test_resnet_poolskip"),
+        ("deeplabv3_poolskip", "test_resnet_poolskip"),
+        ("deeplabv3plus_poolskip", "test_resnet_poolskip"),
+        ("segnet", "test_vgg_poolskip"),
+        ("unet", "test_vit_poolskip"),
+    ],
+)
+def test_every_head(tmp_path, head, encoder):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    model = smp.create_model(head, encoder, encoder_weights=None, classes=5).eval()
+    report = to_onnx(model, torch.randn(2, 3, 96, 128), tmp_path / "net.onnx", dynamic=OPEN)
+    assert len(report["blocks"]) == len(pool_skip_modules(model))
+    assert len({str(shape) for shape in report["outputs"]["inputs"]}) == 3
+
+
 # --- failed checks leave nothing
 
 

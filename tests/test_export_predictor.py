@@ -180,7 +180,7 @@ def test_command(tmp_path, capsys):
 
 
 def test_command_on_a_folder_and_other_formats(tmp_path):
-    folder = Path(__file__).resolve().parent.parent / "hub_cards" / "resnet20_cifar_poolskip.c10_e20"
+    folder = Path(__file__).resolve().parent.parent / "hub_cards" / "resnet20_cifar_poolskip.c10"
     assert main(["export", str(folder), "--output", str(tmp_path / "net.pt")]) == 0
     extra = {"poolskip_zoo": ""}
     torch.jit.load(tmp_path / "net.pt", _extra_files=extra)

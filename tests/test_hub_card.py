@@ -23,7 +23,7 @@ from poolskip_zoo.training import load_recipe
 pytest_plugins = ["hub_fixtures"]
 
 WEIGHTS = "model.safetensors"
-RECIPE = "resnet20_cifar_poolskip.c10_e20"
+RECIPE = "resnet20_cifar_poolskip.c10"
 
 
 def assert_current(record, folder, to):

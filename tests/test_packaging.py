@@ -18,13 +18,15 @@ MAY_IMPORT = {
     "data": set(),
     "models": {"layers"},
     "registry": {"models", "data"},
-    "training": {"registry", "data", "inference"},
+    "study": {"registry"},
+    "training": {"registry", "data", "inference", "study"},
     "hub": {"registry", "diagnostics", "recipes"},
     "diagnostics": {"layers"},
     "export": {"layers"},
     "samples": set(),
     "recipes": set(),
     "inference": {"registry", "data"},
+    "pruning": {"diagnostics", "models"},
 }
 
 

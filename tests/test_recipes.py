@@ -46,7 +46,7 @@ def test_pool_skip_and_base_share_one_recipe(name: str) -> None:
 
 
 def test_there_are_recipes() -> None:
-    assert {"resnet20_cifar.c10_e20", "resnet20_cifar_poolskip.c10_e20"} <= set(recipe_names())
+    assert {"resnet20_cifar.c10", "resnet20_cifar_poolskip.c10"} <= set(recipe_names())
 
 
 def test_written_recipe_holds_every_key_and_reads_back_equal() -> None:

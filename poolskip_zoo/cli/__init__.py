@@ -9,7 +9,10 @@ from types import ModuleType
 __all__ = ["main"]
 
 # Every verb module has HELP, add_arguments(parser) and run(args) -> exit code, and imports what is heavy in run.
-_VERBS = ("list", "info", "predict", "validate", "train", "train-many", "export", "diagnose", "demo", "hub")
+_VERBS = (
+    *("list", "info", "predict", "validate", "train", "train-many", "export"),
+    *("rewrite", "diagnose", "prune", "study", "demo", "hub"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

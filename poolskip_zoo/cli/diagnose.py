@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--images {args.images} must be at least 0")
     if args.name == args.compare:
         raise ValueError(f"--compare {args.compare}: the two are the same")
-    subjects = [_load(name) for name in (args.name, args.compare) if name]
+    subjects = [load(name) for name in (args.name, args.compare) if name]
     # A model whose data are not known is shown those of the model beside it.
     dataset = args.dataset or next((each.dataset for each in subjects if each.dataset), None)
     # Both are shown the same images, also where only one of them says how many are held out.
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 @dataclass
-class _Subject:
+class Subject:
     """A model and what is known of it; `recipe` only of a run and of segmentation."""
 
     name: str
@@ -94,8 +94,19 @@ class _Subject:
     recipe: Any = None
 
 
-def _load(name: str) -> _Subject:
-    """Make a model by its name or from its files."""
+def load(name: str) -> Subject:
+    """Make a model by its name or from its files.
+
+    Args:
+        name: model of timm or ours, safetensors file, or run folder.
+
+    Returns:
+        The model with its weights.
+
+    Raises:
+        ValueError: if there is no such model, file or folder, or no such weights.
+        RuntimeError: if weights cannot be had or do not fit.
+    """
     from timm.models import is_model, is_model_pretrained
 
     from .. import create_model
@@ -105,10 +116,10 @@ def _load(name: str) -> _Subject:
     path = Path(name)
     file = path / "model.safetensors" if path.is_dir() else path
     if file.is_file():
-        return _load_file(name, file)
+        return load_file(name, file)
     if segments(name, None):
         recipe, model = segmentation_model(name, None, None)
-        return _Subject(name, model.eval(), "recorded weights", recipe.dataset, recipe)
+        return Subject(name, model.eval(), "recorded weights", recipe.dataset, recipe)
     arch, _, tag = name.partition(".")
     if not is_model(arch):
         raise ValueError(f"{name!r} is no model, file or run folder; `poolskip list` prints the names")
@@ -116,11 +127,23 @@ def _load(name: str) -> _Subject:
         raise ValueError(f"{arch} has no weights {tag!r}; without a tag fresh ones are measured")
     record = find(name) if tag else None
     model = create_model(name, pretrained=bool(tag))
-    return _Subject(name, model, f"weights {tag}" if tag else "fresh weights", record.dataset if record else None)
+    return Subject(name, model, f"weights {tag}" if tag else "fresh weights", record.dataset if record else None)
 
 
-def _load_file(name: str, file: Path) -> _Subject:
-    """Make the model of a safetensors file by what stands beside it."""
+def load_file(name: str, file: Path) -> Subject:
+    """Make the model of a safetensors file by what stands beside it.
+
+    Args:
+        name: what to call it.
+        file: the weights, beside recipe.yaml or config.json.
+
+    Returns:
+        The model with its weights.
+
+    Raises:
+        ValueError: if neither stands beside it.
+        RuntimeError: if the weights do not fit.
+    """
     from .. import create_model
     from ..registry.segmentation import load_weights
     from ..training import load_recipe
@@ -129,14 +152,14 @@ def _load_file(name: str, file: Path) -> _Subject:
     if file.with_name("recipe.yaml").is_file():
         recipe = load_recipe(file.with_name("recipe.yaml"))
         model = load_weights(make_task(recipe).make_model(trained=True), file)
-        return _Subject(name, model, f"trained by {recipe.name}", recipe.dataset, recipe)
+        return Subject(name, model, f"trained by {recipe.name}", recipe.dataset, recipe)
     if file.with_name("config.json").is_file():
         model = create_model(f"local-dir:{file.parent}", pretrained=True)
-        return _Subject(name, model, f"weights of {file}", None)
+        return Subject(name, model, f"weights of {file}", None)
     raise ValueError(f"{file} does not say of which model it is: neither recipe.yaml nor config.json stand beside it")
 
 
-def _batches(args: argparse.Namespace, subject: _Subject, device: Any, hold_out: int = 5000) -> Any:
+def _batches(args: argparse.Namespace, subject: Subject, device: Any, hold_out: int = 5000) -> Any:
     """Batches of held-out images as the model takes them, or None if there is no data folder or none is wanted."""
     import os
 
@@ -154,28 +177,47 @@ def _batches(args: argparse.Namespace, subject: _Subject, device: Any, hold_out:
         raise ValueError(f"unknown dataset {subject.dataset!r}: one of {', '.join(DATASETS)}")
     if isinstance(DATASETS[subject.dataset], SegmentationInfo):
         return _scene_batches(args, subject, device)
-    return _image_batches(args, subject, device, hold_out)
+    return image_batches(subject, args.data_dir, args.images, device, hold_out)
 
 
-def _image_batches(args: argparse.Namespace, subject: _Subject, device: Any, hold_out: int) -> Any:
+def image_batches(
+    subject: Subject, data_dir: str | None, images: int, device: Any, hold_out: int, split: str = "val"
+) -> Any:
+    """Read images of a split as a classifier takes them.
+
+    Args:
+        subject: the model, whose data set is known.
+        data_dir: data folder; None takes the environment's.
+        images: how many, evenly spread.
+        device: the model's.
+        hold_out: training images that are held out as `val`.
+        split: `val` or `test`.
+
+    Returns:
+        Batches of images and labels, or of images alone where the classes are not the model's.
+
+    Raises:
+        ValueError: if the data set is unknown.
+        FileNotFoundError: if data are missing.
+    """
     from ..data import DATASETS, EvalLoader, Split, load_split
 
     info = DATASETS[subject.dataset or ""]
-    split = load_split(subject.dataset or "", "val", args.data_dir, hold_out=hold_out)
-    chosen = _spread(len(split), args.images)
-    split = Split(split.images[chosen], split.labels[chosen], split.classes)
+    whole = load_split(subject.dataset or "", split, data_dir, hold_out=hold_out)
+    chosen = _spread(len(whole), images)
+    part = Split(whole.images[chosen], whole.labels[chosen], whole.classes)
     if subject.recipe:
         mean, std, size = info.mean, info.std, subject.recipe.image_size or info.image_size
     else:
         config = subject.model.pretrained_cfg
         mean, std, size = config["mean"], config["std"], config["input_size"][1]
-    loader = EvalLoader(split, _BATCH, mean=mean, std=std, image_size=size, device=device)
+    loader = EvalLoader(part, _BATCH, mean=mean, std=std, image_size=size, device=device)
     # Labels of other classes than the model's say nothing of its loss.
     labelled = getattr(subject.model, "num_classes", None) == info.num_classes
     return loader if labelled else (images for images, _ in loader)
 
 
-def _scene_batches(args: argparse.Namespace, subject: _Subject, device: Any) -> Any:
+def _scene_batches(args: argparse.Namespace, subject: Subject, device: Any) -> Any:
     """Whole images, padded as segmentation models of smp need it, without labels."""
     from torch.nn import functional as F
 

@@ -4,8 +4,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-HELP = "export a model to ONNX, OpenVINO, TorchScript or torch.export, checked in the runtime"
-_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torchscript": ".pt", "pt2": ".pt2"}
+HELP = "export a model to ONNX, OpenVINO, TorchScript, LiteRT, ExecuTorch, …, checked in the runtime"
+_SUFFIXES = {
+    "onnx": ".onnx",
+    "openvino": ".xml",
+    "torchscript": ".pt",
+    "pt2": ".pt2",
+    "coreml": ".mlpackage",
+    "litert": ".tflite",
+    "executorch": ".pte",
+    "ncnn": ".param",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: parser of this verb.
     """
     parser.add_argument("name", metavar="NAME_OR_DIR", help="any timm model or checkpoint of ours, or its folder")
-    parser.add_argument("--target", help="runtime: onnxruntime (default), onnxruntime-cuda, openvino, web, ncnn, …")
+    parser.add_argument("--target", help="runtime: onnxruntime (default), openvino, web, litert, executorch, coreml, …")
     parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: the name in this folder)")
-    parser.add_argument("--format", choices=_SUFFIXES, help="default: by the suffix of --output, else onnx")
+    parser.add_argument("--format", choices=_SUFFIXES, help="default: by the suffix of --output, else the target's")
     parser.add_argument(
         "--dynamic",
         nargs="*",
@@ -52,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
     """
     import torch
 
-    kind = args.format or {suffix: key for key, suffix in _SUFFIXES.items()}.get((args.output or Path()).suffix, "onnx")
+    by_suffix = {suffix: key for key, suffix in _SUFFIXES.items()}.get((args.output or Path()).suffix)
+    own = args.target if args.target in ("coreml", "litert", "executorch") else None
+    kind = args.format or by_suffix or own or "onnx"
     path = args.output or Path(Path(args.name).name + _SUFFIXES[kind])
     if args.dynamic is not None:
         args.dynamic = tuple(args.dynamic)
@@ -64,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
     metadata["input_size"] = list(example.shape[1:])
     report = _writer(kind)(model, example, path, metadata=metadata, **options)
     found = report["outputs"]
-    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    files = [each for each in (path, *path.rglob("*")) if each.is_file()]
+    checked = f", checked in {report['checked_in']}" if "checked_in" in report else ""
+    print(f"{path} ({sum(each.stat().st_size for each in files) / 1e6:.1f} MB){checked}")
     if "blocks" in report:
         print(f"unpoolings: {len(report['blocks'])}, equal to torch's to the bit in {report['bit_comparisons']} checks")
         for block in report["blocks"]:
@@ -87,13 +100,14 @@ def _options(args: argparse.Namespace, kind: str) -> dict[str, Any]:
         "openvino": ("lowering", "half", "dynamic"),
         "torchscript": ("dynamic",),
         "pt2": ("lowering", "dynamic"),
-    }[kind]
+        "ncnn": (),
+    }.get(kind, ("lowering",))
     options = {key: value for key, value in given.items() if value is not None}
-    if kind == "openvino" and options.get("target") == "openvino":
+    if options.get("target") == kind:
         options.pop("target")
     for key in options:
         if key not in known:
-            raise ValueError(f"--{key}: the format {kind} takes {', '.join(known)}")
+            raise ValueError(f"--{key}: the format {kind} takes {', '.join(known) or 'fixed sizes and no such option'}")
     return options
 
 
@@ -105,6 +119,10 @@ def _writer(kind: str) -> Any:
         "openvino": export.to_openvino,
         "torchscript": export.to_torchscript,
         "pt2": export.to_exported_program,
+        "coreml": export.to_coreml,
+        "litert": export.to_litert,
+        "executorch": export.to_executorch,
+        "ncnn": export.to_ncnn,
     }[kind]
 
 

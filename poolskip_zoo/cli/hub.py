@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add_names(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", metavar="NAME", help="checkpoints, such as resnet20_cifar_poolskip.c10_e20")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="checkpoints, such as resnet20_cifar_poolskip.c10")
     parser.add_argument("--all", action="store_true", help="all checkpoints")
 
 

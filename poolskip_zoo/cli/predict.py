@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: parser of this verb.
     """
-    parser.add_argument("name", help="model with weights, for example resnet20_cifar_poolskip.c10_e20")
+    parser.add_argument("name", help="model with weights, for example resnet20_cifar_poolskip.c10")
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--top", type=int, default=3, help="classes to print per image (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON line per image")

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    parser.add_argument("recipe", help="YAML file, or the name of a shipped recipe such as resnet20_cifar.c10_e20")
+    parser.add_argument("recipe", help="YAML file, or the name of a shipped recipe such as resnet20_cifar.c10")
     parser.add_argument("--data-dir", help="data folder (default: the environment variable POOLSKIP_DATA_DIR)")
     parser.add_argument("--output", default="runs", help="folder of run folders (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    parser.add_argument("name", help="model name with or without tag, such as resnet20_cifar_poolskip.c10_e20")
+    parser.add_argument("name", help="model name with or without tag, such as resnet20_cifar_poolskip.c10")
     parser.add_argument("--data-dir", help="data folder (default: the environment variable POOLSKIP_DATA_DIR)")
     parser.add_argument("--dataset", help="data set (default: the one that the checkpoint was trained on)")
     parser.add_argument("--checkpoint", metavar="FILE", help="model.safetensors that `poolskip train` wrote")
@@ -231,9 +231,9 @@ def _model(args: argparse.Namespace, recipe: Any, num_classes: int) -> Any:
     """Make the model with its weights."""
     import timm
 
-    import poolskip_zoo  # noqa: F401  registers the models
+    from ..training.build import is_known
 
-    if not timm.is_model(args.name):
+    if not is_known(args.name):
         raise ValueError(f"unknown model {args.name!r}: `poolskip list` shows the names")
     if not args.checkpoint:
         model = timm.create_model(args.name, pretrained=True)

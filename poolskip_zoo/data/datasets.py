@@ -36,6 +36,25 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def part(self, count: int) -> Split:
+        """Choose images, as many of each class as possible, by a fixed seed.
+
+        Args:
+            count: How many, at most all.
+
+        Returns:
+            A split of them, in the same order.
+
+        Raises:
+            ValueError: If there are fewer.
+        """
+        if count == len(self):
+            return self
+        if not 0 < count < len(self):
+            raise ValueError(f"train_images={count} must be at most the {len(self)} images that there are")
+        chosen = torch.from_numpy(held_out(self.labels.numpy(), count))
+        return Split(self.images[chosen], self.labels[chosen], self.classes)
+
 
 @dataclass(frozen=True)
 class DatasetInfo:

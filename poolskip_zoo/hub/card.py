@@ -348,8 +348,7 @@ def _recipe(record: Checkpoint) -> str:
 
 
 def _limits(record: Checkpoint, model: nn.Module) -> str:
-    points = [record.caveat] if record.caveat else []
-    points.append("One run with one seed: a difference of a few tenths of a per cent means nothing.")
+    points = ["One run with one seed: a difference of a few tenths of a per cent means nothing."]
     places: dict[tuple[tuple[int, ...], int], list[str]] = {}
     for name, layer in pool_skip_modules(model).items():
         places.setdefault((tuple(layer.window), layer.conv.groups), []).append(f"`{name.rpartition('.')[0]}`")

@@ -2,7 +2,7 @@
 
 from .evaluate import Scores, SegmentationScores, describe, evaluate, evaluate_segmentation
 from .loop import train
-from .many import Outcome, join_weights, load_list, train_many
+from .many import Outcome, join_weights, load_list, train_list, train_many
 from .recipe import Recipe, load_recipe, make_recipe, recipe_names
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "make_recipe",
     "recipe_names",
     "train",
+    "train_list",
     "train_many",
 ]

@@ -50,6 +50,24 @@ def make_accelerator(recipe: Recipe, cpu: bool = False) -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision=precision)
 
 
+def is_known(model: str) -> bool:
+    """Tell whether timm has a model; those of the study are registered when one is asked for that it has not.
+
+    Args:
+        model: Name with or without tag.
+
+    Returns:
+        True for a model that `timm.create_model` makes.
+    """
+    import timm
+
+    import poolskip_zoo
+
+    if not timm.is_model(model):
+        import poolskip_zoo.study  # noqa: F401
+    return timm.is_model(model)
+
+
 def make_model(recipe: Recipe) -> nn.Module:
     """Make the recipe's model with fresh weights.
 
@@ -64,9 +82,7 @@ def make_model(recipe: Recipe) -> nn.Module:
     """
     import timm
 
-    import poolskip_zoo  # noqa: F401  registers the models
-
-    if not timm.is_model(recipe.model):
+    if not is_known(recipe.model):
         import difflib
 
         close = difflib.get_close_matches(recipe.model, timm.list_models(), 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -20,7 +21,7 @@ from .state import write_atomic
 
 SUMMARY = "results.csv"
 COLUMNS = ("name", "seed", "state", "parameters", "epochs", "hours", "hardware")  # then the scores, as val_ and test_
-_ENTRY_KEYS = ("recipe", "seeds", "set")
+_ENTRY_KEYS = ("recipe", "seeds", "set", "grid")
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,26 @@ class Outcome:
     error: str = ""
 
 
-def load_list(source: str | os.PathLike[str]) -> list[Recipe]:
+def load_list(
+    source: str | os.PathLike[str], output: str | os.PathLike[str] = "runs", share: tuple[int, int] = (1, 1)
+) -> list[Recipe]:
     """Read a list of runs.
 
     A YAML list; an entry is the name or path of a recipe, or a mapping of ``recipe``, ``seeds`` (default: the
-    recipe's own) and ``set`` (keys that override the recipe's).
+    recipe's own), ``set`` (keys that override the recipe's) and ``grid``. A grid is a list of mappings like ``set``:
+    each of its points is trained with the first seed, and the one of best held-out accuracy with the other seeds too.
 
     Args:
         source: The file, or the name of a shipped list such as ``c10``.
+        output: Folder of run folders, where the results on a grid are found.
+        share: (i, n) takes every n-th entry from the i-th on, counted from 1, for n calls beside each other.
 
     Returns:
-        One recipe for each entry and seed, in order.
+        One recipe for each entry and seed, in order; of a grid the first seed's alone until all of these are finished.
 
     Raises:
         FileNotFoundError: If the file or a recipe is missing.
-        ValueError: If the list is malformed, or two runs would share a folder.
+        ValueError: If the list is malformed, two runs would share a folder, or there is no such share.
     """
     shipped = RECIPE_DIR / "lists" / f"{source}.yaml"
     path = Path(source) if Path(source).is_file() or not shipped.is_file() else shipped
@@ -69,25 +75,128 @@ def load_list(source: str | os.PathLike[str]) -> list[Recipe]:
         raise ValueError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} must be a YAML list of recipes")
-    recipes = [recipe for entry in entries for recipe in _expand(path, entry)]
+    part, parts = share
+    if not 1 <= part <= parts <= len(entries):
+        raise ValueError(f"share {part}/{parts}: expected 1/1 to {len(entries)}/{len(entries)}, as {path} has entries")
+    recipes = [recipe for entry in entries for recipe in _expand(path, entry, Path(output))]
     folders = [(recipe.name, recipe.seed) for recipe in recipes]
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
     if twice:
         raise ValueError(f"{path} has {twice[0]} with seed {twice[1]} twice: give one another name in `set`")
-    return recipes
+    if parts == 1:
+        return recipes
+    return [recipe for entry in entries[part - 1 :: parts] for recipe in _expand(path, entry, Path(output))]
 
 
-def _expand(path: Any, entry: Any) -> Iterator[Recipe]:
+def _expand(path: Path, entry: Any, output: Path) -> Iterator[Recipe]:
     """Yield the recipes of one entry."""
     entry = {"recipe": entry} if isinstance(entry, str) else entry
     if not isinstance(entry, dict) or not isinstance(entry.get("recipe"), str) or set(entry) - set(_ENTRY_KEYS):
         raise ValueError(f"{path}: {entry!r} must be the name of a recipe, or a mapping of {', '.join(_ENTRY_KEYS)}")
-    changes, seeds = entry.get("set") or {}, entry.get("seeds")
+    changes, seeds, grid = entry.get("set") or {}, entry.get("seeds"), entry.get("grid", [{}])
     if not isinstance(changes, dict) or not isinstance(seeds, list | None):
         raise ValueError(f"{path}: in {entry!r}, seeds must be a list and set a mapping")
-    overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-    for seed in seeds if seeds is not None else [None]:
-        yield load_recipe(entry["recipe"], overrides if seed is None else [*overrides, f"seed={seed}"])
+    if not isinstance(grid, list) or not grid or not all(isinstance(point, dict) for point in grid):
+        raise ValueError(f"{path}: in {entry!r}, grid must be a list of mappings")
+    points = []
+    for point in grid:
+        recipe = load_recipe(
+            entry["recipe"], [f"{key}={json.dumps(value)}" for key, value in (changes | point).items()]
+        )
+        points.append(dataclasses.replace(recipe, name="_".join([recipe.name, *(f"{k}{v}" for k, v in point.items())])))
+    seeds = [points[0].seed] if seeds is None else seeds
+    first = [dataclasses.replace(point, seed=seed) for seed in seeds[:1] for point in points]
+    yield from first
+    best = first[0] if len(first) == 1 else _best(first, output)
+    if best is not None:
+        yield from (dataclasses.replace(best, seed=seed) for seed in seeds[1:])
+
+
+def _best(recipes: list[Recipe], output: Path) -> Recipe | None:
+    """Return the run of best held-out accuracy, the earlier of equal ones, or None if not all are finished."""
+    scores = []
+    for recipe in recipes:
+        path = run_folder(output, recipe) / "metrics.json"
+        if not path.exists():
+            return None
+        scores.append(held_out_accuracy(json.loads(path.read_text(encoding="utf-8"))))
+    return recipes[scores.index(max(scores))]
+
+
+def held_out_accuracy(metrics: dict[str, Any]) -> float:
+    """Find the score that a choice between runs goes by.
+
+    Args:
+        metrics: What a run's ``metrics.json`` holds.
+
+    Returns:
+        Top-1 accuracy or mIoU on held-out images, per cent.
+
+    Raises:
+        ValueError: If none were held out.
+    """
+    scores = metrics["val"]
+    if not scores:
+        raise ValueError(f"{metrics['name']} held out no images: there is nothing to choose by")
+    return scores["top1"] if "top1" in scores else scores["miou"]
+
+
+def run_folder(output: str | os.PathLike[str], recipe: Recipe) -> Path:
+    """Name the folder of a run.
+
+    Args:
+        output: Folder of run folders.
+        recipe: The run.
+
+    Returns:
+        ``<output>/<name>-s<seed>``.
+    """
+    return Path(output) / f"{recipe.name}-s{recipe.seed}"
+
+
+def summary_name(share: tuple[int, int] = (1, 1)) -> str:
+    """Name the table of runs.
+
+    Args:
+        share: As in `load_list`.
+
+    Returns:
+        File name, one for each share.
+    """
+    return SUMMARY if share[1] == 1 else SUMMARY.replace(".", f"-{share[0]}of{share[1]}.")
+
+
+def train_list(
+    source: str | os.PathLike[str],
+    data_dir: str | os.PathLike[str] | None,
+    output: str | os.PathLike[str] = "runs",
+    *,
+    share: tuple[int, int] = (1, 1),
+    limit_seconds: float = 0,
+    **settings: Any,
+) -> list[Outcome]:
+    """Train a list, and the runs that join it as its grids are decided; arguments and errors as for `load_list` too.
+
+    Args:
+        source: The list.
+        data_dir: Data folder; None takes ``POOLSKIP_DATA_DIR``.
+        output: Folder of run folders.
+        share: Which entries.
+        limit_seconds: Time for all of them together, 0 for no limit.
+        settings: More keywords of `train_many`.
+
+    Returns:
+        The outcomes, in order.
+    """
+    begun = time.monotonic()
+    recipes, left = load_list(source, output, share), limit_seconds
+    while True:
+        outcomes = train_many(recipes, data_dir, output, limit_seconds=left, summary=summary_name(share), **settings)
+        known = load_list(source, output, share)
+        left = limit_seconds - (time.monotonic() - begun) if limit_seconds else 0
+        if known == recipes or left < 0:
+            return outcomes
+        recipes = known
 
 
 def train_many(
@@ -98,11 +207,12 @@ def train_many(
     limit_seconds: float = 0,
     part_size: str = "",
     measure: Callable[[Path], dict[str, Any]] | None = None,
+    summary: str = SUMMARY,
     **settings: Any,
 ) -> list[Outcome]:
     """Train runs in order, each from where it was stopped; a failed one does not keep the others.
 
-    Beside the runs' folders, `SUMMARY` has a line for each run of the list.
+    Beside the runs' folders, a table has a line for each run of the list.
 
     Args:
         recipes: The runs, as `load_list` returns them.
@@ -111,6 +221,7 @@ def train_many(
         limit_seconds: Time for all of them together, 0 for no limit; what is not finished goes on in the next call.
         part_size: Also leave the weights in files of at most this size, such as ``"16MB"``; empty for none.
         measure: Makes test scores of a finished run's folder; kept in its ``scores.json``.
+        summary: File name of the table.
         settings: More keywords of `train`.
 
     Returns:
@@ -128,25 +239,33 @@ def train_many(
         left = end - time.monotonic() if limit_seconds else 0
         if limit_seconds and left <= 0:
             break
-        folder = Path(output) / f"{recipe.name}-s{recipe.seed}"
+        folder = run_folder(output, recipe)
         try:
             metrics = train(recipe, data_dir, output, limit_seconds=left, **settings)
             if metrics is None:
                 outcomes[place] = Outcome(recipe, "stopped")
             else:
-                scores = _scores(folder, measure if main else None)
+                scores = scores_on_test(folder, measure if main else None)
                 if part_size and main:
                     split_weights(folder, part_size)
                 outcomes[place] = Outcome(recipe, "finished", metrics, scores)
         except (ValueError, RuntimeError, OSError) as error:
             outcomes[place] = Outcome(recipe, "failed", error=" ".join(str(error).split()))
         if main:
-            _write_summary(Path(output), outcomes)
+            _write_summary(Path(output) / summary, outcomes)
     return outcomes
 
 
-def _scores(folder: Path, measure: Callable[[Path], dict[str, Any]] | None) -> dict[str, Any] | None:
-    """Measure on the test set once: later calls read what was written."""
+def scores_on_test(folder: Path, measure: Callable[[Path], dict[str, Any]] | None) -> dict[str, Any] | None:
+    """Measure a run on the test set once: later calls read what was written.
+
+    Args:
+        folder: The run folder.
+        measure: Makes its scores; None only reads.
+
+    Returns:
+        The scores, or None where there are none.
+    """
     path = folder / "scores.json"
     if not path.exists() and measure is not None:
         write_atomic(path, (json.dumps(measure(folder)) + "\n").encode())
@@ -200,7 +319,7 @@ def join_weights(folder: Path) -> None:
     write_atomic(path, save(tensors, {"format": "pt"}))
 
 
-def _write_summary(output: Path, outcomes: list[Outcome]) -> None:
+def _write_summary(path: Path, outcomes: list[Outcome]) -> None:
     """Write one line per run."""
     rows = []
     for outcome in outcomes:
@@ -218,4 +337,4 @@ def _write_summary(output: Path, outcomes: list[Outcome]) -> None:
     table = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    write_atomic(output / SUMMARY, text.getvalue().encode())
+    write_atomic(path, text.getvalue().encode())

@@ -29,6 +29,8 @@ class Recipe:
         dataset: One of `poolskip_zoo.data.DATASETS`; it decides whether images are classified or segmented.
         hold_out: Training images held out to choose by, >= 0; 0 trains on all and measures nothing; -1 takes the
             validation images that a segmentation data set has of its own.
+        train_images: Images to train on, of those not held out as many of each class as possible and the same for every
+            seed; 0 takes all.
         image_size: Pixels, 8 to 1024, for segmentation of the shorter side, which keeps its proportion to the longer
             one; 0 takes the data set's own.
         sizes: Pairs of an epoch, from 0, and the size in pixels, 8 to 1024, of training images from then on; empty for
@@ -80,6 +82,7 @@ class Recipe:
     dataset: str
     model_args: dict[str, Any] = field(default_factory=dict)
     hold_out: int = 5000
+    train_images: int = 0
     image_size: int = 0
     sizes: list[list[int]] = field(default_factory=list)
     epochs: int = 20
@@ -168,6 +171,7 @@ _RANGES: dict[str, tuple[float | None, float | None]] = {
     "ema_decay": (0, 1 - 1e-9),
     "crop_padding": (0, 64),
     "image_size": (0, 1024),
+    "train_images": (0, None),
     "seed": (0, 2**62),
 }
 _CHOICES: dict[str, Sequence[str]] = {
@@ -180,7 +184,9 @@ _CHOICES: dict[str, Sequence[str]] = {
 }
 # Keys of one task, which the other refuses unless they have their default.
 _SEGMENTATION_KEYS = ("encoder_lr", "loss", "class_weights", "crop_size", "scale", "color_jitter", "window", "overlap")
-_CLASSIFICATION_KEYS = ("sizes", "mixup", "cutmix", "crop_padding", "rand_augment", "random_erasing")
+_CLASSIFICATION_KEYS = (
+    *("train_images", "sizes", "mixup", "cutmix", "crop_padding", "rand_augment", "random_erasing"),
+)
 # Of model_args: what the data set decides; aux_params would add a classifier, for which it has no labels.
 _DECIDED = {"num_classes", "classes", "aux_params"}
 
@@ -200,7 +206,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: If it is no YAML mapping, or a key or value is unknown or out of range.
 
     Example:
-        >>> load_recipe("resnet20_cifar.c10_e20", ["epochs=5", "seed=1"]).epochs
+        >>> load_recipe("resnet20_cifar.c10", ["epochs=5", "seed=1"]).epochs
         5
     """
     path = _find(str(source))
@@ -309,7 +315,7 @@ def _check_range(key: str, value: Any) -> None:
     if isinstance(value, float) and value == float("inf"):
         raise ValueError(f"recipe key {key}={value!r} must be finite")
     if key == "name" and (not value or "/" in value or value.startswith(".")):
-        raise ValueError(f"recipe key name={value!r} must be a plain file name such as resnet20_cifar.c10_e20")
+        raise ValueError(f"recipe key name={value!r} must be a plain file name such as resnet20_cifar.c10")
 
 
 def _check_task(recipe: Recipe) -> None:

@@ -90,6 +90,8 @@ class Classification:
         hold_out = self.recipe.hold_out
         names = ("train", "val") if hold_out else ("train",)
         splits = load_splits(self.recipe.dataset, names, data_dir, hold_out=hold_out, download=download)
+        if self.recipe.train_images:
+            splits[0] = splits[0].part(self.recipe.train_images)
         return build.make_loaders(self.recipe, splits, accelerator)
 
     def make_criterion(self) -> nn.Module:

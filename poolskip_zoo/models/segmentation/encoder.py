@@ -8,6 +8,7 @@ import timm
 from segmentation_models_pytorch.encoders._base import EncoderMixin
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 __all__ = ["ConvEncoder", "TimmEncoder", "TokenEncoder", "build_encoder"]
 
@@ -108,8 +109,11 @@ class TokenEncoder(TimmEncoder):
         height, width = x.shape[2:]
         features = [x]
         for level, stride, tokens in zip(self.levels, self.strides, self.model(x), strict=True):
-            # timm pads the image to whole patches on the right and at the bottom.
-            features.append(level(tokens)[..., : -(-height // stride), : -(-width // stride)])
+            z = level(tokens)
+            # timm pads the image to whole patches on the right and at the bottom. Exported graphs keep this form alone:
+            # a slice that cuts nothing at the example's size becomes a guard, a negative dividend rounds up in ONNX.
+            bottom, right = (height + stride - 1) // stride, (width + stride - 1) // stride
+            features.append(F.pad(z, (0, right - z.shape[3], 0, bottom - z.shape[2])))
         return features
 
 

@@ -1,0 +1,379 @@
+"""Existing ONNX files with max-unpooling, from any exporter, in the form that a target runs, checked there."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import verify
+from .inputs import _OPEN_SIZES
+from .targets import Target, check_target
+from .verify import KEY, write_report
+
+__all__ = ["rewrite_onnx"]
+
+_Arrays = Sequence[np.ndarray]
+
+
+def rewrite_onnx(
+    source: str | Path,
+    path: str | Path,
+    target: str = "onnxruntime",
+    *,
+    lowering: str | None = None,
+    example: _Arrays | None = None,
+) -> dict[str, Any]:
+    """Replace the index tensors of an ONNX file's max-unpoolings, whoever wrote the file, by a form that a target runs.
+
+    Finds MaxPool with indices followed by MaxUnpool, ScatterND, ScatterElements or Scatter, through any arithmetic on
+    the indices (torch's per plane, TensorFlow's with channels last). What becomes of each is decided as in
+    `lower_unpooling`. The file is kept only if every unpooling equals the original's to the bit on random values, ties
+    and rectified values, and the outputs equal the original's within a tolerance. The original runs in ONNX Runtime,
+    or in onnx's own reference where that cannot run it. A report, `<path>.json`, lies beside the file.
+
+    Args:
+        source: the file, of operator set 11 or newer, or an older one that onnx can convert.
+        path: file to write, `.onnx`.
+        target: one of `TARGETS`.
+        lowering: one of `LOWERINGS` in place of the target's own. `scatter` also leaves index tensors alone that are
+            used for other things than unpooling.
+        example: arrays to run the file on, one per input; made up where they are not given.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: if an option is unknown, the file holds no unpooling, does not run, or cannot be rewritten; the
+            message names the node and the way out.
+        RuntimeError: if a check fails; then there is no file.
+        ImportError: if onnx, onnxscript or the runtime is missing; it names the extra to install.
+    """
+    source, path, choice = Path(source), Path(path), check_target(target, lowering)
+    if path.suffix != ".onnx":
+        raise ValueError(f"path={str(path)!r}: expected a name that ends in .onnx")
+    try:
+        file = _File(source, example)
+        blocks = file.rewrite(choice, lowering)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"rewriting needs {error.name}: pip install 'poolskip-zoo[export]'") from error
+    report = {
+        "file": path.name,
+        "source": source.name,
+        **file.describe(target, blocks),
+        "checked_in": verify.checked_in(choice.runtime),
+        "original_in": file.engine,
+        "nodes": {"before": len(file.original.graph.node), "after": len(file.proto.graph.node)},
+        "blocks": blocks,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_bytes(file.proto.SerializeToString())
+        report["bit_comparisons"] = file.check_blocks(blocks, choice.runtime)
+        report["outputs"] = file.check_outputs(verify.runner(temporary, choice.runtime))
+        report["outputs"]["flipped_windows"] = file.flips(blocks, choice.runtime)
+        verify.judge(report["outputs"], path, "the original file")
+        write_report(path, report)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return report
+
+
+class _File:
+    """A file, runs of it, and its rewritten form."""
+
+    def __init__(self, source: Path, example: _Arrays | None) -> None:
+        from onnxscript import ir
+
+        self.name, self.original, self.engine = source.name, _load(source), "onnxruntime"
+        self.model = ir.from_proto(self.original)
+        self.graph = self.model.graph
+        constants = {value.name for value in self.original.graph.initializer}
+        self.inputs = [value for value in self.original.graph.input if value.name not in constants]
+        self.open_sizes = any(_open_axes(value) - {0} for value in self.inputs)
+        self.given = [list(example)] if example is not None else None
+        self.written: list[tuple[Any, Any]] = []
+        self.proto = self.original
+
+    def rewrite(self, choice: Target, lowering: str | None) -> list[dict[str, Any]]:
+        """Prove all unpoolings, write their new forms, and say what was done."""
+        from onnxscript import ir, optimizer
+
+        from .rewrite_match import find, named
+        from .rewrite_write import write
+
+        if not choice.dynamic and any(_open_axes(value) for value in self.inputs):
+            raise ValueError(
+                f"{self.name} leaves sizes open, and this target takes fixed sizes alone; fix them first, for example "
+                "with python -m onnxruntime.tools.make_dynamic_shape_fixed"
+            )
+        self.found = find(self.graph, lowering == "scatter")
+        if not self.found:
+            raise ValueError(
+                f"{self.name} holds no MaxUnpool, and no scatter by a MaxPool's indices: there is nothing to rewrite"
+            )
+        self._run_original(lowering == "scatter")
+        blocks, replaced = [], dict[Any, Any]()
+        for unpooling, _ in self.written:
+            for value in (unpooling.x, unpooling.values) if unpooling.pooling else unpooling.node.inputs[:1]:
+                if value.dtype is None:
+                    value.dtype = ir.DataType.from_numpy(self.seen[value.name].dtype)
+            reason, dims, ceil_mode, window = None, [], False, []
+            wanted = "scatter"
+            if unpooling.pooling is not None:
+                window, ceil_mode = unpooling.window, unpooling.ceil_mode(self.seen)
+                dims = self._dims(self.seen[unpooling.x.name])
+                wanted = choice.choose(window, lowering)
+                reason = None if wanted == "scatter" else unpooling.misfit(self.seen, self.open_sizes)
+            used = "scatter" if reason else wanted
+            write(self.graph, unpooling, used, dims, ceil_mode, replaced)
+            entry = {"name": unpooling.output.name, "source": named(unpooling.node), "lowering": used, "window": window}
+            blocks.append({**entry, "ceil_mode": ceil_mode, "own": unpooling.own, "reason": reason})
+        self.replaced = replaced
+        optimizer.remove_unused_nodes(self.model)
+        self.proto = ir.to_proto(self.model)
+        for node in self.proto.graph.node:
+            # Older versions of the pass leave a name of no characters, which OpenVINO takes for an output.
+            while node.op_type == "MaxPool" and not node.output[-1]:
+                del node.output[-1]
+        return blocks
+
+    def _dims(self, seen: Any) -> list[int | None]:
+        """Sizes that are fixed, as far as runs tell."""
+        dims = seen.dims if len(seen.shapes) > 1 or not any(map(_open_axes, self.inputs)) else [None] * len(seen.dims)
+        return [*dims[:2], *[None] * len(dims[2:])] if self.open_sizes else dims
+
+    def _run_original(self, lenient: bool) -> None:
+        """Run the file where every unpooling is one, and prove them there."""
+        from .rewrite_match import Unlike
+
+        choices = [self.given] if self.given else list(self._made_up())
+        # ONNX Runtime 1.18 ends the process where a MaxUnpool's indices lie outside, as they do at sizes that the
+        # windows do not divide if it has no output_shape.
+        unpools = [each.node for each in self.found if each.node.op_type == "MaxUnpool" and len(each.node.inputs) < 3]
+        if unpools and len(choices) > 1:
+            choices = choices[1:]
+            windows = [list(node.attributes["kernel_shape"].value) for node in unpools]
+            if any(32 % size for window in windows for size in window):
+                raise ValueError(
+                    f"{self.name} has MaxUnpool without output_shape, whose windows {windows} would not divide made-up "
+                    "sizes; give arrays that it runs on, rewrite_onnx(…, example=[…])"
+                )
+        failure: Exception | None = None
+        for arrays in choices:
+            try:
+                self._observe(arrays)
+                self._prove(lenient)
+                return
+            except Unlike as error:
+                failure = error
+            except _Refused as error:
+                failure = failure or error
+        raise ValueError(f"{self.name}: {failure}") from failure
+
+    def _made_up(self) -> Iterator[list[list[np.ndarray]]]:
+        """Inputs of several sizes: odd ones, then multiples of 32."""
+        if not any(map(_open_axes, self.inputs)):
+            yield [[_array(value, 1, ()) for value in self.inputs]]
+        elif not self.open_sizes:
+            yield [[_array(value, batch, ()) for value in self.inputs] for batch in (2, 1, 3)]
+        else:
+            for sizes in _OPEN_SIZES:
+                yield [
+                    [_array(value, batch, size) for value in self.inputs]
+                    for batch, size in zip((2, 1, 3), sizes, strict=True)
+                ]
+
+    def _observe(self, inputs: list[list[np.ndarray]]) -> None:
+        """Sizes of all values that matter, pooled maps and outputs of the original."""
+        from .rewrite_cut import Seen
+
+        given = {value.name for value in self.inputs}
+        names = {value.name: None for each in self.found for value in each.watched()}
+        added = [str(name) for name in names if name not in given]
+        run, self.engine = _start(_with_outputs(self.original, added))
+        kept = {each.x.name for each in self.found if each.pooling is not None}
+        self.arrays, self.outputs, self.maps = inputs, list[list[np.ndarray]](), list[dict[str, np.ndarray]]()
+        shapes: dict[str, list[tuple[int, ...]]] = {}
+        types: dict[str, Any] = {}
+        for arrays in inputs:
+            try:
+                results = run(arrays)
+            except Exception as error:
+                given_shapes = [list(each.shape) for each in arrays]
+                line = str(error).strip().splitlines()[0]
+                raise _Refused(
+                    f"it does not run on inputs of shape {given_shapes} ({line}); give arrays that it runs on, "
+                    "rewrite_onnx(…, example=[…])"
+                ) from error
+            number = len(self.original.graph.output)
+            self.outputs.append(results[:number])
+            values = dict(zip((value.name for value in self.inputs), arrays, strict=True))
+            values.update(zip(added, results[number:], strict=True))
+            self.maps.append({name: values[name] for name in kept})
+            for name, value in values.items():
+                shapes.setdefault(name, []).append(value.shape)
+                types[name] = value.dtype
+        self.seen = {name: Seen(types[name], tuple(shapes[name])) for name in shapes}
+
+    def _prove(self, lenient: bool) -> None:
+        from .rewrite_match import Unlike
+
+        self.written = []
+        for each in self.found:
+            if each.pooling is None:
+                each.output = each.outputs[0]
+                self.written.append((each, None))
+                continue
+            try:
+                block = each.prove(self.graph, self.seen, lambda model: _start(model)[0], self.original)
+                self.written.append((each, block))
+            except Unlike:
+                # With an index tensor asked for, a scatter of any kind may stay.
+                if not lenient or each.node.op_type == "MaxUnpool":
+                    raise
+        if not self.written:
+            raise Unlike("none of its scatters is an unpooling")
+
+    def describe(self, target: str, blocks: list[dict[str, Any]]) -> dict[str, Any]:
+        """Facts for the report; those of the target go into the file, beside its own metadata."""
+        from poolskip_zoo import __version__
+
+        used = sorted({block["lowering"] for block in blocks})
+        lowering = used[0] if len(used) == 1 else used
+        facts = {"package_version": __version__, "target": target, "lowering": lowering}
+        entry = next((each for each in self.proto.metadata_props if each.key == KEY), None)
+        entry = entry or self.proto.metadata_props.add()
+        entry.key, entry.value = KEY, json.dumps({**json.loads(entry.value or "{}"), **facts})
+        opset = next(each.version for each in self.proto.opset_import if each.domain in ("", "ai.onnx"))
+        return {**facts, "opset": opset}
+
+    def check_blocks(self, blocks: list[dict[str, Any]], runtime: str) -> int:
+        """Compare every unpooling with the original's."""
+        from .rewrite_cut import cases, cut
+
+        compared = 0
+        for (unpooling, original), block in zip(self.written, blocks, strict=True):
+            if original is None:
+                continue
+            ends = [self.replaced.get(value, value) for value in unpooling.ends()]
+            model, _ = cut(self.graph, ends, [self.replaced[unpooling.output]], self.seen, self.proto, whole=True)
+            expected, run = _start(original[0])[0], verify.runner(model.SerializeToString(), runtime)
+            for case, arrays in cases(unpooling.ends(), self.seen, original[1]):
+                compared += 1
+                before, after = expected(arrays)[0], run(arrays[: len(ends)])[0]
+                if not np.array_equal(before, after):
+                    raise RuntimeError(
+                        f"{block['source']}: the rewritten form {block['lowering']!r} differs from the original in "
+                        f"{int((before != after).sum())} of {before.size} values on {case}"
+                    )
+        return compared
+
+    def check_outputs(self, run: Any) -> dict[str, Any]:
+        """Compare the outputs with the original's."""
+        outputs, half = iter(self.outputs), any(each.dtype == np.float16 for each in self.outputs[0])
+        inputs = [tuple(map(torch.from_numpy, arrays)) for arrays in self.arrays]
+        return verify.check_outputs(run, lambda *_: [torch.from_numpy(each) for each in next(outputs)], inputs, half)
+
+    def flips(self, blocks: list[dict[str, Any]], runtime: str) -> float:
+        """Share of windows whose maximum lies elsewhere than in the original."""
+        pairs = [(each, b) for (each, _), b in zip(self.written, blocks, strict=True) if b["lowering"] != "scatter"]
+        given = {value.name for value in self.inputs}
+        asked = list(dict.fromkeys(each.x.name for each, _ in pairs if each.x.name not in given))
+        if not asked:
+            return 0.0
+        number = len(self.proto.graph.output)
+        run, ours, theirs, windows = verify.runner(_with_outputs(self.proto, asked), runtime), [], [], []
+        for arrays, maps in zip(self.arrays, self.maps, strict=True):
+            found = dict(zip(asked, run(arrays)[number:], strict=True))
+            for each, block in pairs:
+                if each.x.name in found:
+                    # Sequences are compared as maps one cell wide.
+                    one = (..., None) if len(block["window"]) == 1 else ...
+                    ours.append(torch.from_numpy(maps[each.x.name][one]))
+                    theirs.append(torch.from_numpy(found[each.x.name][one]))
+                    windows.append(([*block["window"], 1][: max(2, len(block["window"]))], block["ceil_mode"]))
+        return verify.flipped_windows(ours, theirs, windows)
+
+
+class _Refused(RuntimeError):
+    """A file that does not run on given inputs."""
+
+
+def _load(source: Path) -> Any:
+    """The model in one piece, without local functions, of operator set 11 at least."""
+    import onnx
+    from onnx import inliner, version_converter
+
+    if not source.is_file():
+        raise ValueError(f"no such file: {source}")
+    try:
+        model = onnx.load(str(source))
+    except Exception as error:
+        raise ValueError(f"{source} is no ONNX file: {str(error).splitlines()[0]}") from error
+    if model.ByteSize() >= 2**31:
+        raise ValueError(f"{source.name} has {model.ByteSize() / 1e9:.1f} GB with its weights: expected at most 2 GB")
+    # Since version 4 of the format constants need not be inputs as well.
+    model.ir_version = max(model.ir_version, 4)
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    opset = next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), 1)
+    if opset < 11:
+        try:
+            return version_converter.convert_version(model, 11)
+        except Exception as error:
+            line = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"{source.name} has operator set {opset}, and onnx cannot convert it to 11 ({line}); export it anew"
+            ) from error
+    return model
+
+
+def _start(model: Any) -> tuple[verify.Run, str]:
+    """Run a model in ONNX Runtime, or in onnx's reference where that has no such operator."""
+    from onnx.reference import ReferenceEvaluator
+
+    content = model if isinstance(model, bytes) else model.SerializeToString()
+    try:
+        return verify.runner(content, "onnxruntime"), "onnxruntime"
+    except ImportError:
+        raise
+    except Exception:
+        import onnx
+
+        evaluator: Any = ReferenceEvaluator(onnx.load_from_string(content))
+        names = evaluator.input_names
+        return lambda arrays: evaluator.run(None, dict(zip(names, arrays, strict=True))), "onnx reference"
+
+
+def _with_outputs(model: Any, names: list[str]) -> bytes:
+    """The model with more outputs after its own."""
+    import onnx
+
+    extended = onnx.ModelProto()
+    extended.CopyFrom(model)
+    extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return extended.SerializeToString()
+
+
+def _open_axes(value: Any) -> set[int]:
+    """Axes of an input that have no fixed size."""
+    return {i for i, dim in enumerate(value.type.tensor_type.shape.dim) if not dim.dim_value}
+
+
+def _array(value: Any, batch: int, sizes: Sequence[int]) -> np.ndarray:
+    """An input of random numbers; open axes after the first take `sizes`."""
+    from onnx import helper
+
+    generator, open_axes = np.random.default_rng(0), _open_axes(value)
+    dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    for axis in open_axes:
+        dims[axis] = sizes[axis % 2] // (4 if len(dims) == 5 else 1) if axis else batch
+    dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+    if dtype.kind == "f":
+        return generator.standard_normal(dims).astype(dtype)
+    return generator.integers(0, 256 if dtype == np.uint8 else 2, dims).astype(dtype)

@@ -1,0 +1,132 @@
+"""Blocks cut out of an ONNX graph, and what they are run on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from onnxscript import ir
+
+__all__ = ["SIZES", "Seen", "cases", "cut", "region"]
+
+# Nodes that read nothing of a value but its size.
+SIZES = {"Shape", "Size"}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a value of the graph was in some runs.
+
+    Args:
+        dtype: its type.
+        shapes: its shape in each run.
+    """
+
+    dtype: np.dtype
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def dims(self) -> list[int | None]:
+        """Sizes that were the same in all runs, None for the others."""
+        return [each[0] if len(set(each)) == 1 else None for each in zip(*self.shapes, strict=True)]
+
+
+def cut(
+    graph: ir.Graph, inputs: list[Any], outputs: list[Any], seen: dict[str, Seen], file: Any, whole: bool = False
+) -> tuple[Any, list[str]]:
+    """A model of the nodes between some values.
+
+    Args:
+        graph: the graph.
+        inputs: where it starts.
+        outputs: where it ends.
+        seen: values by name.
+        file: the `onnx.ModelProto` that is cut.
+        whole: whether sizes, too, come from the inputs alone.
+
+    Returns:
+        The model, and the names of further inputs, of which only the sizes matter.
+
+    Raises:
+        LookupError: if the outputs depend on other values.
+    """
+    from onnx import helper
+
+    nodes, sizes = region(outputs, set(inputs), whole)
+    used: set[Any] = {value for node in nodes for value in node.inputs}
+    constants = [value for value in used if value is not None and _is_constant(value)]
+
+    def typed(value: Any) -> Any:
+        fact = seen.get(value.name, Seen(np.dtype(np.int64), ()))
+        dims = fact.dims if fact.shapes else None
+        return helper.make_tensor_value_info(value.name, helper.np_dtype_to_tensor_dtype(fact.dtype), dims)
+
+    proto = helper.make_graph(
+        [ir.to_proto(node) for node in graph if node in nodes],
+        "block",
+        [typed(value) for value in (*inputs, *sizes)],
+        [typed(value) for value in outputs],
+        [ir.to_proto(value.const_value) for value in constants],
+    )
+    model = helper.make_model(proto, opset_imports=file.opset_import, ir_version=file.ir_version)
+    return model, [value.name for value in sizes]
+
+
+def cases(ends: list[Any], seen: dict[str, Seen], sizes: list[str]) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Inputs to compare a block on.
+
+    Args:
+        ends: where the block starts: the map that is pooled, and the values where they are others.
+        seen: values by name.
+        sizes: the names of the further inputs.
+
+    Yields:
+        A name, and the arrays.
+    """
+    generator = np.random.default_rng(0)
+    pooled, *others = (seen[value.name] for value in ends)
+    for i, shape in enumerate(pooled.shapes):
+        for kind in ("random values", "ties", "rectified values"):
+            x = generator.integers(-2, 3, shape) if kind == "ties" else 3 * generator.standard_normal(shape)
+            x = np.maximum(x, 0) if kind == "rectified values" or pooled.dtype.kind == "u" else x
+            arrays = [x.astype(pooled.dtype)]
+            arrays += [(3 * generator.standard_normal(each.shapes[i])).astype(each.dtype) for each in others]
+            arrays += [np.zeros(seen[name].shapes[i], seen[name].dtype) for name in sizes]
+            yield f"{kind} of shape {list(shape)}", arrays
+
+
+def region(outputs: list[Any], stops: set[Any], whole: bool = False) -> tuple[set[ir.Node], list[Any]]:
+    """What outputs are computed from.
+
+    Args:
+        outputs: values of a graph.
+        stops: values that are given.
+        whole: whether to follow sizes to what they are of, too.
+
+    Returns:
+        The nodes above the outputs as far as the stops, and further values that matter by their sizes alone.
+
+    Raises:
+        LookupError: if the outputs depend on an input of the graph beside the stops.
+    """
+    nodes, measured, waiting = set[ir.Node](), [], list(outputs)
+    while waiting:
+        value = waiting.pop()
+        if value is None or value in stops or _is_constant(value):
+            continue
+        node = value.producer()
+        if node is None:
+            raise LookupError(value.name)
+        if node in nodes:
+            continue
+        nodes.add(node)
+        if node.op_type in SIZES and not whole:
+            measured.append(node.inputs[0])
+        else:
+            waiting.extend(node.inputs)
+    inside = {output for node in nodes for output in node.outputs} | stops
+    return nodes, [value for value in dict.fromkeys(measured) if value not in inside and not _is_constant(value)]
+
+
+def _is_constant(value: Any) -> bool:
+    return value.producer() is None and value.const_value is not None

@@ -1,0 +1,161 @@
+"""Writes the form of a proved unpooling into an ONNX graph."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from onnx import numpy_helper
+from onnxscript import ir
+
+from .onnx_forms import _Writer
+from .rewrite_match import Unpooling
+
+__all__ = ["write"]
+
+
+class _Tape:
+    """Makes the nodes that are asked of it as methods, under names of their own, for any operator set from 11 on.
+
+    Args:
+        prefix: begins every name.
+        opset: the file's operator set.
+    """
+
+    def __init__(self, prefix: str, opset: int) -> None:
+        self.prefix, self.opset = prefix, opset
+        self.nodes, self.constants = list[ir.Node](), list[ir.Value]()
+
+    def __getattr__(self, operator: str) -> Any:
+        return partial(self._add, operator)
+
+    def _add(self, operator: str, *inputs: Any, **attributes: Any) -> Any:
+        if operator == "Shape" and attributes and self.opset < 15:
+            start, end = (self.ints([number]) for number in (attributes["start"], attributes.get("end", 99)))
+            return self._add("Slice", self._add("Shape", *inputs), start, end)
+        if operator == "Resize" and self.opset < 13:
+            # The region, which nearest sampling does not read, may be left out since 13.
+            empty = self._add("Constant", value=numpy_helper.from_array(np.zeros(0, np.float32)))
+            inputs = (inputs[0], empty, *inputs[2:])
+        number, outputs = len(self.nodes) + len(self.constants), 2 if operator == "MaxPool" else 1
+        name = f"{self.prefix}/poolskip_{number}"
+        if operator == "Constant":
+            tensor = ir.from_proto(attributes["value"])
+            tensor.name = name
+            value = ir.Value(None, index=None, name=name, type=ir.TensorType(tensor.dtype), const_value=tensor)
+            self.constants.append(value)
+            return value
+        node = ir.Node(
+            "",
+            operator,
+            inputs,
+            ir.convenience.convert_attributes(attributes),
+            num_outputs=outputs,
+            name=name,
+        )
+        self.nodes.append(node)
+        for i, value in enumerate(node.outputs):
+            value.name = f"{node.name}_{i}"
+        return node.outputs if outputs > 1 else node.outputs[0]
+
+    def ints(self, numbers: Sequence[int]) -> Any:
+        return self._add("Constant", value=numpy_helper.from_array(np.asarray(numbers, np.int64)))
+
+
+class _FileWriter(_Writer):
+    """The same forms in an existing graph, where the map is already pooled."""
+
+    def __init__(self, tape: _Tape, unpooling: Unpooling, x: Any, ceil_mode: bool) -> None:
+        super().__init__(x, unpooling.window, ceil_mode)
+        self.op, self.pooled = tape, unpooling.pooling.outputs[0]
+
+    def pool(self, z: Any) -> Any:
+        return self.pooled if z is self.x else super().pool(z)
+
+
+def write(
+    graph: ir.Graph,
+    unpooling: Unpooling,
+    lowering: str,
+    dims: list[int | None],
+    ceil_mode: bool,
+    replaced: dict[Any, Any],
+) -> None:
+    """Put another form in the place of an unpooling.
+
+    Args:
+        graph: the graph; changed in place.
+        unpooling: what to replace, proved, or a MaxUnpool of indices that no pooling made (scatter alone).
+        lowering: one of `LOWERINGS`.
+        dims: shape of the pooled map, None where it is open.
+        ceil_mode: whether partial windows count.
+        replaced: values that earlier calls replaced; the unpooled map is added.
+    """
+    opset = graph.opset_imports.get("", 1)
+    tape, output = _Tape(str(unpooling.output.name), opset), unpooling.output
+    if unpooling.pooling is None:
+        values, indices = (replaced.get(each, each) for each in unpooling.node.inputs[:2])
+        new = _scatter(tape, values, indices, _asked_size(tape, unpooling.node))
+    else:
+        x, values = (replaced.get(each, each) for each in (unpooling.x, unpooling.values))
+        if unpooling.values_last:
+            values = tape.Transpose(values, perm=[0, len(dims) - 1, *range(1, len(dims) - 1)])
+        if lowering == "scatter":
+            new = _scatter(tape, values, unpooling.pooling.outputs[1], tape.Shape(x))
+        else:
+            new = _form(tape, unpooling, lowering, x, values, dims, ceil_mode)
+    if unpooling.output_last:
+        new = tape.Transpose(new, perm=[0, *range(2, len(dims)), 1])
+    graph.initializers.update({str(value.name): value for value in tape.constants})
+    _exchange(graph, output, new, tape.nodes)
+    replaced[output] = new
+
+
+def _form(
+    tape: _Tape, unpooling: Unpooling, lowering: str, x: Any, values: Any, dims: list[int | None], ceil_mode: bool
+) -> Any:
+    kept = x.shape
+    x.shape = ir.Shape(dims)
+    try:
+        writer = _FileWriter(tape, unpooling, x, ceil_mode)
+        if lowering == "native":
+            return writer.native(values, unpooling.own)
+        return writer.place(values, unpooling.own, _Writer.keys_mask if lowering == "keys" else _Writer.arith_mask)
+    finally:
+        # What the file says of its own values, names of sizes among it, stays.
+        x.shape = kept
+
+
+def _scatter(tape: _Tape, values: Any, indices: Any, size: Any) -> Any:
+    """ScatterElements over the whole tensor, as ONNX counts indices."""
+    zero = tape.Constant(value=numpy_helper.from_array(np.zeros(1, values.dtype.numpy())))
+    flat = tape.Expand(zero, tape.ReduceProd(size, keepdims=1))
+    row = tape.ints([-1])
+    placed = tape.ScatterElements(flat, tape.Reshape(indices, row), tape.Reshape(values, row), axis=0)
+    return tape.Reshape(placed, size)
+
+
+def _asked_size(tape: _Tape, node: ir.Node) -> Any:
+    """Output size of a MaxUnpool."""
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        return node.inputs[2]
+    window = list(node.attributes["kernel_shape"].value)
+    strides, pads = (node.attributes.get(key) for key in ("strides", "pads"))
+    step = [1] * len(window) if strides is None else list(strides.value)
+    cut = [0] * 2 * len(window) if pads is None else list(pads.value)
+    # (pooled - 1) · stride + window - padding
+    rest = [e - s - a - b for e, s, a, b in zip(window, step, cut, cut[len(window) :], strict=False)]
+    shape = tape.Shape(node.inputs[0])
+    return tape.Add(tape.Mul(shape, tape.ints([1, 1, *step])), tape.ints([0, 0, *rest]))
+
+
+def _exchange(graph: ir.Graph, old: Any, new: Any, nodes: list[ir.Node]) -> None:
+    """Let a new value take an old one's place and name."""
+    graph.insert_before(old.producer(), nodes)
+    new.name, old.name = old.name, f"{new.name}_before"
+    new.shape, new.type = old.shape, old.type
+    for node, index in tuple(old.uses()):
+        node.replace_input_with(index, new)
+    for i, value in enumerate(graph.outputs):
+        if value is old:
+            graph.outputs[i] = new

@@ -1,0 +1,70 @@
+"""ExecuTorch's programs (.pte) for XNNPACK."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .converted import write_converted
+from .verify import Run
+
+__all__ = ["to_executorch"]
+
+
+def to_executorch(
+    model: nn.Module,
+    example: Tensor | tuple[Any, ...],
+    path: str | Path,
+    *,
+    lowering: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a model for ExecuTorch with XNNPACK at the sizes of its example, and check it in ExecuTorch's runtime.
+
+    What XNNPACK lacks runs in ExecuTorch's portable kernels.
+
+    Args:
+        model: a module in evaluation mode, on the CPU, in float32.
+        example: its positional arguments, a tensor or a tuple.
+        path: file to write, `.pte`.
+        lowering: `keys`, `scatter` or `arith` in place of the target's own.
+        metadata: JSON-ready entries for the report.
+
+    Returns:
+        The report that lies beside the file as `<path>.json`.
+
+    Raises:
+        ValueError: if an option is unknown or an unpooling cannot be lowered.
+        RuntimeError: if a check fails; then there is no file.
+        ImportError: if executorch is missing.
+    """
+    path = Path(path)
+    if path.suffix != ".pte":
+        raise ValueError(f"path={str(path)!r}: expected a name that ends in .pte")
+    return write_converted(model, example, path, "executorch", _make, lowering, metadata)
+
+
+def _make(module: nn.Module, args: tuple[Any, ...], path: Path) -> Run:
+    """Write and load a program."""
+    try:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+        from executorch.runtime import Runtime
+    except ImportError as error:
+        raise ImportError("the export needs executorch: pip install executorch") from error
+    with torch.no_grad():
+        exported = torch.export.export(module, args, strict=False)
+    edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    path.write_bytes(edge.to_executorch().buffer)
+    program = Runtime.get().load_program(path)
+    method = program.load_method("forward")
+    assert method is not None
+
+    # The default keeps the program: a method does not, and reads freed memory without it.
+    def run(arrays: Any, program: Any = program) -> list[Any]:
+        outputs = method.execute([torch.from_numpy(each) for each in arrays])
+        return [each.clone().numpy() for each in outputs if isinstance(each, Tensor)]
+
+    return run

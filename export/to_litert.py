@@ -1,0 +1,59 @@
+"""LiteRT's files (.tflite)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .converted import write_converted
+from .verify import Run
+
+__all__ = ["to_litert"]
+
+
+def to_litert(
+    model: nn.Module,
+    example: Tensor | tuple[Any, ...],
+    path: str | Path,
+    *,
+    lowering: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a model for LiteRT at the sizes of its example, and check it in LiteRT's interpreter.
+
+    Args:
+        model: a module in evaluation mode, on the CPU, in float32.
+        example: its positional arguments, a tensor or a tuple.
+        path: file to write, `.tflite`.
+        lowering: `keys`, `scatter` or `arith` in place of the target's own.
+        metadata: JSON-ready entries for the report.
+
+    Returns:
+        The report that lies beside the file as `<path>.json`.
+
+    Raises:
+        ValueError: if an option is unknown or an unpooling cannot be lowered.
+        RuntimeError: if a check fails; then there is no file.
+        ImportError: if litert-torch is missing.
+    """
+    path = Path(path)
+    if path.suffix != ".tflite":
+        raise ValueError(f"path={str(path)!r}: expected a name that ends in .tflite")
+    return write_converted(model, example, path, "litert", _make, lowering, metadata)
+
+
+def _make(module: nn.Module, args: tuple[Any, ...], path: Path) -> Run:
+    """Write and load a file."""
+    try:
+        import litert_torch
+    except ImportError as error:
+        raise ImportError("the export needs litert-torch: pip install litert-torch") from error
+    litert_torch.convert(module, args).export(str(path))
+    loaded = litert_torch.load(str(path))
+
+    def run(arrays: Any) -> list[Any]:
+        outputs = loaded(*arrays)
+        return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+
+    return run

@@ -1,0 +1,127 @@
+"""The two pictures of the study: accuracy against cost, and inert filters and l2/l1 over depth."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from .results import ARMS, COMPARED, LayerRow, Run, chosen, decays
+
+__all__ = ["draw_cost", "draw_depth"]
+
+
+def draw_cost(path: Path, runs: Sequence[Run]) -> None:
+    """Draw accuracy against multiply-accumulates: each seed a dot, each arm's mean and standard deviation.
+
+    Args:
+        path: the PNG.
+        runs: all runs; nets without test accuracies are drawn by held-out ones, and say so.
+
+    Raises:
+        ImportError: if matplotlib is missing; it names the extra to install.
+    """
+    nets = list(dict.fromkeys(run.net for run in runs))
+    figure = _figure(6 * len(nets), 4.6)
+    for axes, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
+        arms = {arm: own for arm in ARMS if (own := chosen(runs, net, arm))}
+        tested = all(run.test_top1 is not None for own in arms.values() for run in own)
+        costs = {arm: own[0].macs / 1e6 for arm, own in arms.items()}
+        step = (max(costs.values()) - min(costs.values())) / 16
+        for arm, own in arms.items():
+            scores = [(run.test_top1 or 0.0) if tested else run.val_top1 for run in own]
+            # Arms of one cost stand beside each other.
+            same = [other for other, cost in costs.items() if abs(cost / costs[arm] - 1) < 0.02]
+            x = costs[arm] + step * (same.index(arm) - (len(same) - 1) / 2)
+            colour, error = _colour(arm), stdev(scores) if len(scores) > 1 else 0
+            axes.plot([x] * len(scores), scores, ".", color=colour, alpha=0.5)
+            axes.errorbar(x, mean(scores), error, marker="o", capsize=4, color=colour, label=", ".join(ARMS[arm]))
+            top = max(mean(scores) + error, *scores)
+            axes.annotate(ARMS[arm][0], (x, top), (0, 5), textcoords="offset points", ha="center", color=colour)
+        axes.set(
+            title=net,
+            xlabel="million multiply-accumulates (arms of one cost beside each other)",
+            ylabel=f"{'test' if tested else 'held-out'} accuracy, %",
+        )
+        axes.margins(0.1)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def draw_depth(path: Path, runs: Sequence[Run], layers: Sequence[LayerRow]) -> None:
+    """Draw inert filters and l2/l1 over depth, of arms A, B and C: a column for each net and weight decay.
+
+    Args:
+        path: the PNG.
+        runs: all runs.
+        layers: their convolutions.
+
+    Raises:
+        ImportError: if matplotlib is missing; it names the extra to install.
+        ValueError: if no weight decay has several seeds of A, B and C.
+    """
+    measures: dict[str, Callable[[LayerRow], float | None]] = {
+        "inert filters, share": lambda layer: layer.inert / layer.filters,
+        "l2/l1 of the weights": lambda layer: layer.l2_l1,
+    }
+    columns = [(net, decay) for net in dict.fromkeys(run.net for run in runs) for decay in decays(runs, net)]
+    if not columns:
+        raise ValueError("no weight decay has several seeds of each of A, B and C: there is nothing to draw over depth")
+    figure = _figure(4.2 * len(columns), 6.4)
+    from matplotlib.ticker import MaxNLocator
+
+    grid = figure.subplots(len(measures), len(columns), squeeze=False, sharey="row", sharex=True)
+    for row, (label, value) in zip(grid, measures.items(), strict=True):
+        for axes, (net, decay) in zip(row, columns, strict=True):
+            for arm in COMPARED:
+                own = {(run.lr, run.weight_decay, run.seed) for run in chosen(runs, net, arm, decay)}
+                of_arm = [
+                    layer
+                    for layer in layers
+                    if (layer.net, layer.arm) == (net, arm) and (layer.lr, layer.weight_decay, layer.seed) in own
+                ]
+                for kind in ("base", "pool_skip"):
+                    _plot(axes, [layer for layer in of_arm if layer.kind == kind], value, arm)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel(label)
+    for axes, (net, decay) in zip(grid[0], columns, strict=True):
+        axes.set_title(f"{net}, weight decay {decay:g}", fontsize="medium")
+    for axes in grid[-1]:
+        axes.set_xlabel("depth: convolutions in the model's order")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    _save(figure, path)
+
+
+def _plot(axes: Any, layers: list[LayerRow], value: Callable[..., float | None], arm: str) -> None:
+    """Plot the mean over seeds at each depth: a line of the base, crosses of what is in Pool Skip's place."""
+    by_depth: dict[int, list[float]] = {}
+    for layer in layers:
+        number = value(layer)
+        if number is not None:
+            by_depth.setdefault(layer.depth, []).append(number)
+    if by_depth:
+        base = layers[0].kind == "base"
+        place = {"B": "Pool Skip", "C": "the control"}.get(arm, "")
+        label = ", ".join(ARMS[arm]) if base else f"{arm}: {place}'s own"
+        depths = sorted(by_depth)
+        means = [mean(by_depth[depth]) for depth in depths]
+        axes.plot(depths, means, ".-" if base else "x:", color=_colour(arm), alpha=0.8, label=label)
+
+
+def _colour(arm: str) -> str:
+    return f"C{list(ARMS).index(arm)}"
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'poolskip-zoo[train]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
