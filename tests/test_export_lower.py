@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from contract.common import enliven
 from export_nets import PairNet, SegNet
 from torch import nn
 from torch.export import Dim
@@ -80,7 +81,7 @@ def test_crossing_pairs_and_a_program():
 
 @pytest.mark.parametrize("name", ["test_resnet_poolskip", "test_vit_poolskip"])
 def test_every_pool_skip_is_a_pair(name):
-    model = timm.create_model(name).eval()
+    model = enliven(timm.create_model(name)).eval()
     x = torch.randn(2, *model.pretrained_cfg["input_size"])
     lowered = lower_unpooling(model, x, dynamic_shapes=None)
     blocks = blocks_of(lowered)
@@ -90,7 +91,7 @@ def test_every_pool_skip_is_a_pair(name):
 
 
 def test_deterministic_mode_is_lowered_too(deterministic):
-    model = timm.create_model("test_resnet_poolskip").eval()
+    model = enliven(timm.create_model("test_resnet_poolskip")).eval()
     lowered = lower_unpooling(model, torch.randn(2, 3, 64, 64), dynamic_shapes=None)
     assert len(blocks_of(lowered)) == len(pool_skip_modules(model))
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from contract.common import enliven
 from export_nets import PairNet, SegNet
 
 from poolskip_zoo.export import to_onnx, to_openvino
@@ -95,7 +96,7 @@ def test_the_file_says_what_it_is_and_not_where_it_was_made(tmp_path):
 
 @pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 gives BatchNorm wrong types in float16")
 def test_float16(tmp_path):
-    model = timm.create_model("test_resnet_poolskip").eval()
+    model = enliven(timm.create_model("test_resnet_poolskip")).eval()
     report = to_onnx(model, torch.randn(1, 3, 64, 64), tmp_path / "net.onnx", half=True, dynamic=())
     assert report["half"]
     assert report["bit_comparisons"] > 0
@@ -109,7 +110,7 @@ def test_float16(tmp_path):
 def test_every_tiny_variant(tmp_path, name):
     if torch.__version__.startswith("2.6.") and name in ("test_vgg_poolskip", "test_vit_poolskip"):
         pytest.skip("torch 2.6 fixes the sizes of VGG's pooling, and cannot write the resampling of a ViT's positions")
-    model = timm.create_model(name).eval()
+    model = enliven(timm.create_model(name)).eval()
     x = torch.randn(1, *model.pretrained_cfg["input_size"])
     report = to_onnx(model, x, tmp_path / "net.onnx", dynamic=OPEN)
     assert len(report["blocks"]) == len(pool_skip_modules(model))
@@ -145,7 +146,7 @@ def test_axes_that_a_model_cannot_leave_open(tmp_path, net, why):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50_poolskip", "vgg11_bn_poolskip", "vit_tiny_patch16_224_poolskip"])
 def test_one_full_size_of_each_family(tmp_path, name):
-    model = timm.create_model(name).eval()
+    model = enliven(timm.create_model(name)).eval()
     dynamic = ("batch",) if name.startswith("vit") else OPEN
     for target in ("onnxruntime", "openvino"):
         report = to_onnx(model, torch.randn(1, 3, 224, 224), tmp_path / "net.onnx", target, dynamic=dynamic)
@@ -166,7 +167,7 @@ def test_one_full_size_of_each_family(tmp_path, name):
 )
 def test_every_head(tmp_path, head, encoder):
     smp = pytest.importorskip("segmentation_models_pytorch")
-    model = smp.create_model(head, encoder, encoder_weights=None, classes=5).eval()
+    model = enliven(smp.create_model(head, encoder, encoder_weights=None, classes=5)).eval()
     report = to_onnx(model, torch.randn(2, 3, 96, 128), tmp_path / "net.onnx", dynamic=OPEN)
     assert len(report["blocks"]) == len(pool_skip_modules(model))
     assert len({str(shape) for shape in report["outputs"]["inputs"]}) == 3

@@ -7,6 +7,7 @@ import sys
 import pytest
 import timm
 import torch
+from contract.common import enliven
 from export_nets import SegNet
 
 from poolskip_zoo.export import to_exported_program, to_torchscript
@@ -30,7 +31,7 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
     files = {}
     for name in ("test_resnet_poolskip", "segnet"):
-        model = (SegNet() if name == "segnet" else timm.create_model(name)).eval()
+        model = SegNet().eval() if name == "segnet" else enliven(timm.create_model(name)).eval()
         x = torch.randn(1, 3, 64, 64)
         options = {"dynamic": OPEN, "metadata": {"class_names": ["a"]}}
         path = folder / f"{name}.pt"
