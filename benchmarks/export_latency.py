@@ -1,13 +1,17 @@
 """Latency of exported files against the floor: the same graph with x in place of the sparse map.
 
-Interleaved runs in one process, one thread, ratios of medians. `python benchmarks/export_latency.py --help`.
+Beside it the bare model and torch's graph of the index form, as plain `torch.onnx.export` writes them. One process, one
+thread; all files of a model, fixed and open sizes, in turn in every round; ratios of medians of the process's CPU time.
+`python benchmarks/export_latency.py --help`.
 """
 
 import argparse
 import logging
 import statistics
+import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,8 @@ from poolskip_zoo.export import to_onnx
 from poolskip_zoo.export.onnx_forms import _Writer
 from poolskip_zoo.layers import functional, max_pool_unpool2d
 
+FORMS = ("floor", "keys", "bare", "index")
+
 
 class Operator(nn.Module):
     """The window maxima alone."""
@@ -28,77 +34,118 @@ class Operator(nn.Module):
         return max_pool_unpool2d(x, 2)
 
 
+def build(name):
+    """A model and the shape of one input."""
+    if name == "operator":
+        return Operator().eval(), (64, 56, 56)
+    model = timm.create_model(name).eval()
+    for key, parameter in model.named_parameters():
+        # timm starts the last scale of each residual branch at 0, where Pool Skip has no influence on the output.
+        if parameter.dim() == 1 and key.endswith("weight") and not parameter.any():
+            nn.init.constant_(parameter, 0.2)
+    return model, (3, 224, 224)
+
+
 def plain(model, x, path, dynamic):
     """What `torch.onnx.export` writes by itself."""
     axes = dict.fromkeys((0, 2, 3) if dynamic else (), torch.export.Dim.AUTO)
     torch.onnx.export(model, (x,), path, dynamo=True, dynamic_shapes=(axes,), external_data=False, verbose=False)
 
 
-def write(model, size, folder, dynamic):
+@contextmanager
+def floor():
+    """Write x in place of the sparse map, and check nothing."""
+    module = sys.modules[to_onnx.__module__]
+    verify = module.verify
+    kept = _Writer.place, module._flips, verify.check_blocks, verify.check_outputs, verify.judge
+    _Writer.place, module._flips = (lambda self, *_: self.op.Identity(self.x)), (lambda *_: 0.0)
+    verify.check_blocks, verify.check_outputs, verify.judge = (lambda *_: 0), (lambda *_: {}), (lambda *_: None)
+    try:
+        yield
+    finally:
+        _Writer.place, module._flips, verify.check_blocks, verify.check_outputs, verify.judge = kept
+
+
+def write(model, shape, folder, dynamic, runtime):
     """The four graphs."""
-    captured = torch.randn(2, size[0], 193, 161) if dynamic else torch.randn(1, *size)
+    captured = torch.randn(2, shape[0], 193, 161) if dynamic else torch.randn(1, *shape)
     axes = ("batch", "height", "width") if dynamic else ()
-    to_onnx(model, captured, folder / "keys.onnx", dynamic=axes)
-    original = _Writer.place
-    check, _Writer.place = to_onnx.__globals__["verify"], lambda self, *args: self.op.Identity(self.x)
-    kept = check.check_blocks, check.judge
-    check.check_blocks, check.judge = (lambda *args: 0), (lambda *args: None)
-    to_onnx(model, captured, folder / "floor.onnx", dynamic=axes)
-    _Writer.place, (check.check_blocks, check.judge) = original, kept
+    folder.mkdir()
+    to_onnx(model, captured, folder / "keys.onnx", runtime, dynamic=axes)
+    with floor():
+        to_onnx(model, captured, folder / "floor.onnx", runtime, dynamic=axes)
     plain(model, captured, folder / "bare.onnx", dynamic)
     with functional.capture_stock():
         plain(model, captured, folder / "index.onnx", dynamic)
 
 
-def measure(folder, x, runtime, runs):
-    """Median CPU time of the calling thread (ONNX Runtime) or wall time (OpenVINO), in ms."""
-    programs = {}
-    for name in ("floor", "keys", "bare", "index"):
-        path = str(folder / f"{name}.onnx")
-        if runtime == "openvino":
-            import openvino
+def load(path, runtime):
+    """A function of one array."""
+    if runtime == "openvino":
+        import openvino
 
-            settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-            compiled = openvino.Core().compile_model(path, "CPU", settings)
-            programs[name] = lambda compiled=compiled: compiled([x])
-        else:
-            import onnxruntime
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+        compiled = openvino.Core().compile_model(path, "CPU", settings)
+        return lambda x: compiled([x])[0]
+    import onnxruntime
 
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = 1
-            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            key = session.get_inputs()[0].name
-            programs[name] = lambda session=session, key=key: session.run(None, {key: x})
-    clock = time.perf_counter if runtime == "openvino" else time.thread_time
-    times = {name: [] for name in programs}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    key = session.get_inputs()[0].name
+    return lambda x: session.run(None, {key: x})[0]
+
+
+def measure(programs, x, runs):
+    """Median CPU time of the process in ms, and output, of each program; every other round runs backwards."""
+    times, outputs = {name: [] for name in programs}, {}
     for run in range(runs + 2):
-        for name, program in programs.items():
-            start = clock()
-            program()
+        for name in list(programs)[:: -1 if run % 2 else 1]:
+            start = time.process_time()
+            outputs[name] = programs[name](x)
             if run >= 2:
-                times[name].append(clock() - start)
-    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
+                times[name].append(time.process_time() - start)
+    return {name: 1e3 * statistics.median(values) for name, values in times.items()}, outputs
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=["operator", "resnet18_poolskip", "resnet50_poolskip"])
+    parser.add_argument(
+        "models",
+        nargs="*",
+        default=["operator", "resnet18_poolskip", "resnet50_poolskip"],
+        help="timm names, or operator: the window maxima of 64×56×56",
+    )
     parser.add_argument("--runtime", default="onnxruntime", choices=["onnxruntime", "openvino"])
-    parser.add_argument("--runs", type=int, default=25)
+    parser.add_argument("--runs", type=int, default=25, help="rounds, after two that do not count")
+    parser.add_argument("--size", type=int, help="height and width (default: 224, of the operator 56)")
     parser.add_argument("--static", action="store_true", help="fixed sizes alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     for name in args.models:
-        model = (Operator() if name == "operator" else timm.create_model(name)).eval()
-        size = (64, 56, 56) if name == "operator" else (3, 224, 224)
-        x = np.random.default_rng(0).standard_normal((1, *size), dtype=np.float32)
-        for dynamic in (False,) if args.static else (False, True):
-            with tempfile.TemporaryDirectory() as folder:
-                write(model, size, Path(folder), dynamic)
-                found = measure(Path(folder), x, args.runtime, args.runs)
-            line = ", ".join(f"{key} {value:.2f} ms ({value / found['floor']:.2f}×)" for key, value in found.items())
-            print(f"{name} {'open' if dynamic else 'fixed'} sizes, {args.runtime}: {line}", flush=True)
+        model, (channels, *size) = build(name)
+        shape = (channels, *([args.size] * 2 if args.size else size))
+        x = np.random.default_rng(0).standard_normal((1, *shape), dtype=np.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            programs = {}
+            for kind in ("fixed",) if args.static else ("fixed", "open"):
+                write(model, shape, Path(folder, kind), kind == "open", args.runtime)
+                programs.update(
+                    {(kind, form): load(Path(folder, kind, f"{form}.onnx"), args.runtime) for form in FORMS}
+                )
+            found, outputs = measure(programs, x, args.runs)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(x)).numpy()
+        for (kind, form), ms in found.items():
+            over, faster = ms / found[kind, "floor"], found[kind, "index"] / ms
+            error = np.abs(outputs[kind, form] - expected).max() / np.abs(expected).max()
+            print(
+                f"{args.runtime} {name} {kind} {form}: {ms:.2f} ms, {over:.2f}× floor, {faster:.2f}× as fast as index"
+                + ("" if form == "floor" else f", relative error {error:.1e}"),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ ratios of the fastest runs.
 """
 
 import argparse
+import dataclasses
 import importlib
 import os
 import statistics
@@ -20,7 +21,7 @@ from torch import nn
 
 import poolskip_zoo
 from poolskip_zoo.export import to_onnx, verify
-from poolskip_zoo.export.converted import lower_fixed
+from poolskip_zoo.export.converted import lower_for
 from poolskip_zoo.export.inputs import unguarded
 from poolskip_zoo.export.lower import capture, lower_program
 from poolskip_zoo.export.onnx_forms import _Writer
@@ -52,9 +53,10 @@ def converted(model, args, runtime, folder, names):
     """Programs of LiteRT or ExecuTorch."""
     make = importlib.import_module(f"poolskip_zoo.export.to_{runtime}")._make
     suffix = {"litert": ".tflite", "executorch": ".pte"}[runtime]
+    lowered = {each: lower_for(model, args, runtime, each) for each in names}
     floor = unguarded(lower_program(capture(model, args, None), runtime, "keys", {"keys": floor_form}))
-    modules = {"floor": floor, **{each: lower_fixed(model, args, runtime, each).module for each in names}}
-    return {name: make(module, args, folder / f"{name}{suffix}") for name, module in modules.items()}
+    lowered = {"floor": dataclasses.replace(lowered[names[0]], module=floor), **lowered}
+    return {name: make(each, folder / f"{name}{suffix}") for name, each in lowered.items()}
 
 
 def of_onnx(model, args, folder, names, load):

@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,72 +14,119 @@ from torch.fx import Graph, GraphModule
 from torch.utils._pytree import tree_leaves
 
 from . import forms, verify
-from .inputs import unguarded
-from .lower import as_args, blocks_of, capture, lower_unpooling
+from .inputs import bounded, capture_bounded, check_dynamic, unguarded
+from .lower import as_args, blocks_of, lower_unpooling
 from .targets import check_drop_in, check_target
 from .to_onnx import _block
 
-__all__ = ["Lowered", "check_forms", "lower_fixed", "write_converted"]
-
-# Writes a module with example arguments to a path, and loads that file: arrays in, arrays out.
-Make = Callable[[nn.Module, tuple[Any, ...], Path], verify.Run]
+__all__ = ["Lowered", "check_fixed", "check_forms", "lower_for", "write_converted"]
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A model of fixed sizes without index tensors.
+    """A model without index tensors, of fixed sizes or of open ones up to those of its arguments.
 
     Args:
         module: the lowered module.
-        args: its arguments.
+        inputs: its arguments, then others to check at: smaller ones where sizes are open.
+        dynamic: names of the open axes.
         blocks: JSON-ready record of each unpooling.
-        shapes: shape of each unpooled map.
+        shapes: shape of each unpooled map, with None for open sizes, and the largest sizes.
     """
 
     module: GraphModule
-    args: tuple[Any, ...]
+    inputs: list[tuple[Any, ...]]
+    dynamic: tuple[str, ...]
     blocks: list[dict[str, Any]]
-    shapes: list[list[int]]
+    shapes: list[tuple[list[int | None], list[int]]]
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The arguments, of the largest sizes."""
+        return self.inputs[0]
+
+    def export(self) -> ExportedProgram:
+        """`torch.export` of the lowered module."""
+        with torch.no_grad():
+            return torch.export.export(
+                self.module, self.args, dynamic_shapes=bounded(self.args, self.dynamic), strict=False
+            )
 
 
-def lower_fixed(model: nn.Module, example: Tensor | Sequence[Any], target: str, lowering: str | None = None) -> Lowered:
-    """Lower a model at the sizes of its example.
+# Writes a lowered model to a path, and loads that file: arrays in, arrays out.
+Make = Callable[[Lowered, Path], verify.Run]
+
+
+def check_fixed(target: str, dynamic: Sequence[str]) -> None:
+    """Refuse open sizes for a target that has none.
+
+    Args:
+        target: one of `TARGETS`.
+        dynamic: names of axes.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if dynamic and not check_target(target, onnx=False).dynamic:
+        raise ValueError(f"dynamic={tuple(dynamic)!r}: {target} takes fixed sizes alone; pass dynamic=()")
+
+
+def lower_for(
+    model: nn.Module,
+    example: Tensor | Sequence[Any],
+    target: str,
+    lowering: str | None = None,
+    dynamic: Sequence[str] = (),
+) -> Lowered:
+    """Lower a model at the sizes of its example, or at open ones of at most these.
 
     Args:
         model: a module in evaluation mode.
         example: its positional arguments, a tensor or a tuple.
         target: one of `TARGETS`.
         lowering: as for `lower_unpooling`.
+        dynamic: names of the open axes.
 
     Returns:
         The module and what was done.
 
     Raises:
-        ValueError: if an option is unknown or an unpooling cannot be lowered.
+        ValueError: if an option is unknown, an unpooling cannot be lowered, or the model cannot have the open axes.
     """
     check_target(target, lowering, onnx=False)
     check_drop_in(model, target, lowering)
     args = as_args(example)
-    program = capture(model, args, None)
+    check_dynamic(args, dynamic)
+    check_fixed(target, dynamic)
+    inputs, program = capture_bounded(model, args, dynamic)
     module = unguarded(lower_unpooling(program, target=target, lowering=lowering))
     for each in module.modules():
         # A captured module refuses eval(), and converters warn of training.
         each.training = False
     assert isinstance(module, GraphModule)
-    return Lowered(module, args, [_block(each, False) for each in blocks_of(module)], unpooled_shapes(program))
+    inputs = inputs if dynamic else with_random(args)
+    blocks = [_block(each, False) for each in blocks_of(module)]
+    return Lowered(module, inputs, tuple(dynamic), blocks, unpooled_shapes(program))
 
 
-def unpooled_shapes(program: ExportedProgram) -> list[list[int]]:
-    """Shapes of the maps that unpoolings of fixed size return.
+def unpooled_shapes(program: ExportedProgram) -> list[tuple[list[int | None], list[int]]]:
+    """Shapes of the maps that unpoolings return.
 
     Args:
         program: a captured program, not lowered.
 
     Returns:
-        One shape per unpooling, in the graph's order.
+        One shape per unpooling, in the graph's order, with None for open sizes, and its sizes as captured.
     """
     unpools = torch.ops.aten.max_unpool2d.default, torch.ops.aten.max_unpool3d.default
-    return [list(node.meta["val"].shape) for node in program.graph.nodes if node.target in unpools]
+    found = [node.meta["val"].shape for node in program.graph.nodes if node.target in unpools]
+    return [
+        (
+            [size if isinstance(size, int) else None for size in shape],
+            [size if isinstance(size, int) else size.node.hint for size in shape],
+        )
+        for shape in found
+    ]
 
 
 def write_converted(
@@ -89,17 +136,19 @@ def write_converted(
     target: str,
     make: Make,
     lowering: str | None,
+    dynamic: Sequence[str],
     metadata: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Write a file by a converter and keep it if the checks in the target's runtime hold.
 
     Args:
         model: a module in evaluation mode, on the CPU.
-        example: its positional arguments, a tensor or a tuple; their sizes are fixed.
+        example: its positional arguments, a tensor or a tuple; their sizes are fixed, or the largest.
         path: file to write.
         target: one of `TARGETS`.
         make: the converter and the runtime.
         lowering: as for `lower_unpooling`.
+        dynamic: names of the open axes.
         metadata: JSON-ready entries of the report.
 
     Returns:
@@ -111,22 +160,22 @@ def write_converted(
     """
     from poolskip_zoo import __version__
 
-    lowered = lower_fixed(model, example, target, lowering)
+    lowered = lower_for(model, example, target, lowering, dynamic)
     used = sorted({block["lowering"] for block in lowered.blocks})
     report: dict[str, Any] = {"file": path.name, "package_version": __version__, "target": target, "lowering": used}
+    report.update(dynamic=list(dynamic))
     report.update({**(metadata or {}), "checked_in": f"{target} CPU", "blocks": lowered.blocks})
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the finished file can be renamed into place.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         made = Path(folder, path.name)
-        run = make(lowered.module, lowered.args, made)
+        run = make(lowered, made)
 
         def build(side: nn.Module, inputs: tuple[Tensor, ...], form: str) -> verify.Run:
-            probe = lower_fixed(side, inputs, target, form)
-            return make(probe.module, probe.args, made.with_name(f"forms{path.suffix}"))
+            return make(lower_for(side, inputs, target, form, of_maps(dynamic)), made.with_name(f"forms{path.suffix}"))
 
         report["bit_comparisons"] = check_forms(lowered.blocks, lowered.shapes, build)
-        outputs = verify.check_outputs(run, model, with_random(lowered.args), False)
+        outputs = verify.check_outputs(run, model, lowered.inputs, False)
         if outputs["max_relative_error"] > outputs["tolerance"]:
             outputs["flipped_windows"] = _flips(lowered, make, made.with_name(f"watched{path.suffix}"))
         report["outputs"] = outputs
@@ -134,6 +183,18 @@ def write_converted(
         verify.write_report(path, report)
         made.replace(path)
     return report
+
+
+def of_maps(dynamic: Sequence[str]) -> tuple[str, ...]:
+    """Open axes of the maps that are unpooled: a sequence is a map one cell wide.
+
+    Args:
+        dynamic: names of the open axes of a model.
+
+    Returns:
+        Names of axes.
+    """
+    return tuple("height" if name == "length" else name for name in dynamic)
 
 
 def with_random(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -155,17 +216,18 @@ def with_random(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 
 def check_forms(
     blocks: list[dict[str, Any]],
-    shapes: list[list[int]],
+    shapes: list[tuple[list[int | None], list[int]]],
     build: Callable[[nn.Module, tuple[Tensor, ...], str], verify.Run],
 ) -> int:
     """Compare the unpoolings of a model with torch's to the bit, on random values, ties and rectified values.
 
-    A file of such a format cannot be cut, so the same unpoolings are written side by side into one of their own, at the
-    model's sizes and an odd one. Those of indices that no pooling of the model made are left to the whole model.
+    A file of such a format cannot be cut, so the same unpoolings are written side by side into one of their own. It
+    holds them at the model's sizes and an odd one; where sizes are open, at the largest, and runs at smaller ones too.
+    Those of indices that no pooling of the model made are left to the whole model.
 
     Args:
         blocks: record of each unpooling.
-        shapes: shape of each unpooled map.
+        shapes: shape of each unpooled map: what `unpooled_shapes` returns.
         build: writes and loads a module with torch's unpoolings by the named lowering.
 
     Returns:
@@ -174,59 +236,77 @@ def check_forms(
     Raises:
         RuntimeError: naming the first unpooling that is not equal.
     """
-    wanted: dict[str, dict[str, tuple[dict[str, Any], list[int | None]]]] = {}
-    for block, shape in zip(blocks, shapes, strict=True):
-        window = block["window"]
-        if not window:
-            continue
-        # A sequence is a map one cell wide.
-        odd = [1, 3, *(max(size, e + 1) if e > 1 else 1 for size, e in zip((17, 13, 9), window, strict=False))]
-        for each in ([1] * (len(window) + 2 - len(shape)) + shape, odd):
-            key = str((window, block["ceil_mode"], block["own"], each))
-            wanted.setdefault(block["lowering"], {}).setdefault(key, (block, list(each)))
+    wanted: dict[str, dict[str, tuple[dict[str, Any], list[list[int]]]]] = {}
+    for block, (declared, largest) in zip(blocks, shapes, strict=True):
+        for sizes in _sizes(block["window"], declared, largest) if block["window"] else ():
+            key = str((block["window"], block["ceil_mode"], block["own"], declared, sizes))
+            wanted.setdefault(block["lowering"], {}).setdefault(key, (block, sizes))
     compared = 0
     for lowering, pairs in wanted.items():
-        cases_of = [verify._mask_cases(block, size, size, size) for block, size in pairs.values()]
-        rounds = list(zip(*cases_of, strict=True))
-        run = build(_side_by_side([block for block, _ in pairs.values()]), _joined(rounds[0]), lowering)
-        for cases in rounds:
-            outputs = run([each.numpy() for each in _joined(cases)])
-            for (block, _), (case, _, expected), output in zip(pairs.values(), cases, outputs, strict=True):
-                compared += 1
-                got = torch.from_numpy(output)
-                if not torch.equal(got, expected):
-                    wrong = int((got != expected).sum()) if got.shape == expected.shape else expected.numel()
-                    raise RuntimeError(
-                        f"{block['name']} ({block['source']}): the exported form {lowering!r} differs from torch in "
-                        f"{wrong} of {expected.numel()} values on {case}"
-                    )
+        kept = [block for block, _ in pairs.values()]
+        # All maps take their first size, then their second, where a single size is repeated.
+        rounds = [
+            [_cases(block, sizes[min(number, len(sizes) - 1)]) for block, sizes in pairs.values()]
+            for number in range(max(len(sizes) for _, sizes in pairs.values()))
+        ]
+        run = build(_side_by_side(kept), tuple(cases[0][1] for cases in rounds[0]), lowering)
+        for cases_of in rounds:
+            for cases in zip(*cases_of, strict=True):
+                outputs = run([x.numpy() for _, x, _ in cases])
+                for block, (case, _, expected), output in zip(kept, cases, outputs, strict=True):
+                    compared += 1
+                    _compare(torch.from_numpy(output), expected, block, case)
     return compared
 
 
-def _joined(cases: Sequence[tuple[str, list[Tensor], Tensor]]) -> tuple[Tensor, ...]:
-    return tuple(tensor for _, tensors, _ in cases for tensor in tensors)
+def _sizes(window: list[int], declared: list[int | None], largest: list[int]) -> list[list[list[int]]]:
+    """Shapes to compare one unpooling at: lists of those that one map takes."""
+    # A sequence is a map one cell wide.
+    ones = [1] * (len(window) + 2 - len(largest))
+    if None not in declared:
+        odd = [1, 3, *(max(size, e + 1) if e > 1 else 1 for size, e in zip((17, 13, 9), window, strict=False))]
+        return [[ones + largest], [odd]]
+    parts = [
+        [size if fixed else min(size, size // part | (part > 1)) for fixed, size in zip(declared, largest, strict=True)]
+        for part in (1, 2, 4)
+    ]
+    return [[ones + part for part in parts]]
+
+
+def _cases(block: dict[str, Any], shape: list[int]) -> list[tuple[str, Tensor, Tensor]]:
+    """Name, map and expected output of each comparison."""
+    return [
+        (case, x, _unpooled(x, list(block["window"]), block["ceil_mode"], block["own"]))
+        for case, (*_, x), _ in verify._mask_cases(block, list(shape), list(shape), list(shape))
+    ]
+
+
+def _compare(got: Tensor, expected: Tensor, block: dict[str, Any], case: str) -> None:
+    if not torch.equal(got, expected):
+        wrong = int((got != expected).sum()) if got.shape == expected.shape else expected.numel()
+        raise RuntimeError(
+            f"{block['name']} ({block['source']}): the exported form {block['lowering']!r} differs from torch in "
+            f"{wrong} of {expected.numel()} values on {case}"
+        )
 
 
 def _side_by_side(blocks: list[dict[str, Any]]) -> nn.Module:
-    """Torch's unpoolings, each on inputs of its own: the values, where they are others, and the map to pool."""
+    """Torch's unpoolings, each of a map of its own."""
     graph = Graph()
-    inputs = [
-        [graph.placeholder(f"{kind}_{i}") for kind in ("values", "map") if kind == "map" or not block["own"]]
-        for i, block in enumerate(blocks)
-    ]
+    inputs = [graph.placeholder(f"map_{i}") for i in range(len(blocks))]
     graph.output(
         tuple(
-            graph.call_function(_unpooled, (*each, list(block["window"]), block["ceil_mode"]))
-            for each, block in zip(inputs, blocks, strict=True)
+            graph.call_function(_unpooled, (x, list(block["window"]), block["ceil_mode"], block["own"]))
+            for x, block in zip(inputs, blocks, strict=True)
         )
     )
     return GraphModule(nn.Module(), graph).eval()
 
 
-def _unpooled(*given: Any) -> Tensor:
-    *values, x, window, ceil_mode = given
+def _unpooled(x: Tensor, window: list[int], ceil_mode: bool, own: bool) -> Tensor:
     pooled, indices = verify._pool(x, window, ceil_mode)
-    return verify._unpool(values[0] if values else pooled, indices, list(x.shape[2:]))
+    # Other values, of sizes that follow from the map's.
+    return verify._unpool(pooled if own else -pooled, indices, list(x.shape[2:]))
 
 
 def _flips(lowered: Lowered, make: Make, path: Path) -> float:
@@ -247,9 +327,9 @@ def _flips(lowered: Lowered, make: Make, path: Path) -> float:
     # A captured module rebuilds its outputs by the original's structure.
     module.graph.set_codegen(torch.fx.graph.CodeGen())
     module.recompile()
-    inputs = tuple(each for each in tree_leaves(lowered.args) if isinstance(each, Tensor))
-    watched, run = [], make(module, inputs, path)
-    for args in with_random(inputs):
+    inputs = [tuple(each for each in tree_leaves(args) if isinstance(each, Tensor)) for args in lowered.inputs]
+    watched, run = [], make(replace(lowered, module=module, inputs=inputs), path)
+    for args in inputs:
         with torch.no_grad():
             ours = list(module(*args))
         theirs = [torch.from_numpy(each) for each in run([each.numpy() for each in args])]

@@ -1,6 +1,6 @@
 """Arguments of a model at other sizes, and which of its axes stay open."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from .lower import capture
 
-__all__ = ["axes_of", "capture_open", "check_dynamic", "open_inputs", "shapes_of", "unguarded"]
+__all__ = ["axes_of", "capture_bounded", "capture_open", "check_dynamic", "open_inputs", "shapes_of", "unguarded"]
 
 # Names of the axes after batch and channels, by their number.
 _AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
@@ -124,14 +124,100 @@ def capture_open(
     Raises:
         ValueError: if the model cannot have these axes.
     """
+    return _first_captured(model, open_inputs(args, dynamic), dynamic, lambda each: shapes_of(each, dynamic), "")
+
+
+def capture_bounded(
+    model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[str]
+) -> tuple[list[tuple[Any, ...]], ExportedProgram]:
+    """Capture a model with the asked axes open up to the sizes of its arguments.
+
+    Args:
+        model: a module in evaluation mode.
+        args: its arguments, of the largest sizes.
+        dynamic: names of the open axes.
+
+    Returns:
+        The arguments and smaller ones, the program captured with the first of them.
+
+    Raises:
+        ValueError: if the model cannot have these axes.
+    """
+    sizes = [
+        (name, value.shape[axis])
+        for value in args
+        if isinstance(value, Tensor)
+        for axis, name in axes_of(value).items()
+        if name in dynamic
+    ]
+    for name, size in sizes:
+        if size < 2:
+            raise ValueError(
+                f"dynamic={tuple(dynamic)!r}: the example's sizes are the largest that the file takes, and its {name} "
+                f"is 1; give an example of a larger {name}"
+            )
+    # Multiples of 32 where there are smaller ones.
+    steps = (1, 32) if all(size > 32 for name, size in sizes if name != "batch") else (1,)
+    parts = (2, 4) if dynamic else ()
+    choices = [[args, *(_parted(args, dynamic, part, step) for part in parts)] for step in steps]
+    # What shrinks to one cell at the largest size is fixed.
+    way_out = ", or a larger one"
+    return _first_captured(model, choices, dynamic, lambda each: bounded(each, dynamic), way_out)
+
+
+def bounded(args: tuple[Any, ...], dynamic: Sequence[str]) -> tuple[Any, ...] | None:
+    """`dynamic_shapes` of `torch.export.export`, with the sizes of the arguments as the largest.
+
+    Args:
+        args: a model's arguments.
+        dynamic: names of the open axes.
+
+    Returns:
+        One entry per argument; None where no axis is open.
+    """
+    if not dynamic:
+        return None
+    if not callable(Dim.AUTO):
+        raise ValueError(f"dynamic={tuple(dynamic)!r}: open sizes with a largest one need torch 2.7 or newer")
+    return tuple(
+        {axis: hint(max=value.shape[axis]) for axis, hint in shapes.items()} if shapes else None
+        for value, shapes in zip(args, shapes_of(args, dynamic), strict=True)
+    )
+
+
+def _parted(args: tuple[Any, ...], dynamic: Sequence[str], part: int, step: int) -> tuple[Any, ...]:
+    """Arguments of a part of the sizes of the open axes, odd ones or multiples of `step`; one image at last."""
+    generator, result = torch.Generator().manual_seed(part), []
+    for value in args:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            result.append(value)
+            continue
+        shape = list(value.shape)
+        for axis, name in axes_of(value).items():
+            if name in dynamic:
+                size = max(1, shape[axis] // part)
+                fitting = size | 1 if step == 1 else -(-size // step) * step
+                shape[axis] = min(shape[axis], fitting) if axis else size if part < 4 else 1
+        result.append(torch.randn(shape, generator=generator))
+    return tuple(result)
+
+
+def _first_captured(
+    model: nn.Module,
+    choices: Iterable[list[tuple[Any, ...]]],
+    dynamic: Sequence[str],
+    shapes: Callable[[tuple[Any, ...]], Any],
+    way_out: str,
+) -> tuple[list[tuple[Any, ...]], ExportedProgram]:
+    """The first list of arguments at all of which the model is one function, and its capture."""
     failure: Exception | None = None
-    for inputs in open_inputs(args, dynamic):
+    for inputs in choices:
         try:
             if dynamic:
                 with torch.no_grad():
                     for each in inputs:
                         model(*each)
-            program = capture(model, inputs[0], shapes_of(inputs[0], dynamic))
+            program = capture(model, inputs[0], shapes(inputs[0]))
             _check_open(program, inputs[0], dynamic)
             _check_branches(program, model, inputs[1:])
             return inputs, program
@@ -141,7 +227,7 @@ def capture_open(
             failure = error
     raise ValueError(
         f"the model does not run at every size of {', '.join(dynamic)}: {str(failure).strip().splitlines()[0]}; "
-        "leave fewer axes open (dynamic=('batch',), or () for none) and give an example of the size to fix"
+        f"leave fewer axes open (dynamic=('batch',), or () for none) and give an example of the size to fix{way_out}"
     ) from failure
 
 

@@ -1,7 +1,7 @@
 """Existing ONNX files with max-unpooling, from any exporter, in the form that a target runs, checked there."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from . import verify
-from .inputs import _OPEN_SIZES
+from .rewrite_inputs import check_size, made_up, open_axes
 from .targets import Target, check_target
 from .verify import KEY, write_report
 
 __all__ = ["rewrite_onnx"]
 
 _Arrays = Sequence[np.ndarray]
+_GIVE = "give a size that it runs at (--size, size=), or arrays, rewrite_onnx(…, example=[…])"
 
 
 def rewrite_onnx(
@@ -24,6 +25,7 @@ def rewrite_onnx(
     target: str = "onnxruntime",
     *,
     lowering: str | None = None,
+    size: Sequence[int] | None = None,
     example: _Arrays | None = None,
 ) -> dict[str, Any]:
     """Replace the index tensors of an ONNX file's max-unpoolings, whoever wrote the file, by a form that a target runs.
@@ -40,7 +42,9 @@ def rewrite_onnx(
         target: one of `TARGETS`.
         lowering: one of `LOWERINGS` in place of the target's own. `scatter` also leaves index tensors alone that are
             used for other things than unpooling.
-        example: arrays to run the file on, one per input; made up where they are not given.
+        size: sizes to run the file at, one for each axis that an input leaves open after its first, the batch: height
+            and width of most files. By default several of up to 289 cells, odd ones where the file runs at them.
+        example: arrays to run the file on, one per input, in place of random numbers.
 
     Returns:
         The report.
@@ -55,7 +59,7 @@ def rewrite_onnx(
     if path.suffix != ".onnx":
         raise ValueError(f"path={str(path)!r}: expected a name that ends in .onnx")
     try:
-        file = _File(source, example)
+        file = _File(source, size, example)
         blocks = file.rewrite(choice, lowering)
     except ModuleNotFoundError as error:
         raise ImportError(f"rewriting needs {error.name}: pip install 'poolskip-zoo[export]'") from error
@@ -86,7 +90,7 @@ def rewrite_onnx(
 class _File:
     """A file, runs of it, and its rewritten form."""
 
-    def __init__(self, source: Path, example: _Arrays | None) -> None:
+    def __init__(self, source: Path, size: Sequence[int] | None, example: _Arrays | None) -> None:
         from onnxscript import ir
 
         self.name, self.original, self.engine = source.name, _load(source), "onnxruntime"
@@ -94,8 +98,12 @@ class _File:
         self.graph = self.model.graph
         constants = {value.name for value in self.original.graph.initializer}
         self.inputs = [value for value in self.original.graph.input if value.name not in constants]
-        self.open_sizes = any(_open_axes(value) - {0} for value in self.inputs)
-        self.given = [list(example)] if example is not None else None
+        self.open_sizes = any(open_axes(value) - {0} for value in self.inputs)
+        if example is not None and size is not None:
+            raise ValueError(f"size={tuple(size)!r}: the arrays of example= have their own; give one of the two")
+        if size is not None:
+            check_size(self.inputs, size, self.name)
+        self.given, self.size = [list(example)] if example is not None else None, size
         self.written: list[tuple[Any, Any]] = []
         self.proto = self.original
 
@@ -106,7 +114,7 @@ class _File:
         from .rewrite_match import find, named
         from .rewrite_write import write
 
-        if not choice.dynamic and any(_open_axes(value) for value in self.inputs):
+        if not choice.dynamic and any(open_axes(value) for value in self.inputs):
             raise ValueError(
                 f"{self.name} leaves sizes open, and this target takes fixed sizes alone; fix them first, for example "
                 "with python -m onnxruntime.tools.make_dynamic_shape_fixed"
@@ -144,14 +152,14 @@ class _File:
 
     def _dims(self, seen: Any) -> list[int | None]:
         """Sizes that are fixed, as far as runs tell."""
-        dims = seen.dims if len(seen.shapes) > 1 or not any(map(_open_axes, self.inputs)) else [None] * len(seen.dims)
+        dims = seen.dims if len(seen.shapes) > 1 or not any(map(open_axes, self.inputs)) else [None] * len(seen.dims)
         return [*dims[:2], *[None] * len(dims[2:])] if self.open_sizes else dims
 
     def _run_original(self, lenient: bool) -> None:
         """Run the file where every unpooling is one, and prove them there."""
         from .rewrite_match import Unlike
 
-        choices = [self.given] if self.given else list(self._made_up())
+        choices = [self.given] if self.given else list(made_up(self.inputs, self.size))
         # ONNX Runtime 1.18 ends the process where a MaxUnpool's indices lie outside, as they do at sizes that the
         # windows do not divide if it has no output_shape.
         unpools = [each.node for each in self.found if each.node.op_type == "MaxUnpool" and len(each.node.inputs) < 3]
@@ -161,7 +169,7 @@ class _File:
             if any(32 % size for window in windows for size in window):
                 raise ValueError(
                     f"{self.name} has MaxUnpool without output_shape, whose windows {windows} would not divide made-up "
-                    "sizes; give arrays that it runs on, rewrite_onnx(…, example=[…])"
+                    f"sizes; {_GIVE}"
                 )
         failure: Exception | None = None
         for arrays in choices:
@@ -174,19 +182,6 @@ class _File:
             except _Refused as error:
                 failure = failure or error
         raise ValueError(f"{self.name}: {failure}") from failure
-
-    def _made_up(self) -> Iterator[list[list[np.ndarray]]]:
-        """Inputs of several sizes: odd ones, then multiples of 32."""
-        if not any(map(_open_axes, self.inputs)):
-            yield [[_array(value, 1, ()) for value in self.inputs]]
-        elif not self.open_sizes:
-            yield [[_array(value, batch, ()) for value in self.inputs] for batch in (2, 1, 3)]
-        else:
-            for sizes in _OPEN_SIZES:
-                yield [
-                    [_array(value, batch, size) for value in self.inputs]
-                    for batch, size in zip((2, 1, 3), sizes, strict=True)
-                ]
 
     def _observe(self, inputs: list[list[np.ndarray]]) -> None:
         """Sizes of all values that matter, pooled maps and outputs of the original."""
@@ -201,15 +196,15 @@ class _File:
         shapes: dict[str, list[tuple[int, ...]]] = {}
         types: dict[str, Any] = {}
         for arrays in inputs:
+            sizes = [list(each.shape) for each in arrays]
             try:
                 results = run(arrays)
             except Exception as error:
-                given_shapes = [list(each.shape) for each in arrays]
                 line = str(error).strip().splitlines()[0]
-                raise _Refused(
-                    f"it does not run on inputs of shape {given_shapes} ({line}); give arrays that it runs on, "
-                    "rewrite_onnx(…, example=[…])"
-                ) from error
+                raise _Refused(f"it does not run on inputs of shape {sizes} ({line}); {_GIVE}") from error
+            if any(each.size == 0 for each in results):
+                # Nothing would be compared.
+                raise _Refused(f"a map is empty on inputs of shape {sizes}; {_GIVE}")
             number = len(self.original.graph.output)
             self.outputs.append(results[:number])
             values = dict(zip((value.name for value in self.inputs), arrays, strict=True))
@@ -358,22 +353,3 @@ def _with_outputs(model: Any, names: list[str]) -> bytes:
     extended.CopyFrom(model)
     extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     return extended.SerializeToString()
-
-
-def _open_axes(value: Any) -> set[int]:
-    """Axes of an input that have no fixed size."""
-    return {i for i, dim in enumerate(value.type.tensor_type.shape.dim) if not dim.dim_value}
-
-
-def _array(value: Any, batch: int, sizes: Sequence[int]) -> np.ndarray:
-    """An input of random numbers; open axes after the first take `sizes`."""
-    from onnx import helper
-
-    generator, open_axes = np.random.default_rng(0), _open_axes(value)
-    dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-    for axis in open_axes:
-        dims[axis] = sizes[axis % 2] // (4 if len(dims) == 5 else 1) if axis else batch
-    dtype = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-    if dtype.kind == "f":
-        return generator.standard_normal(dims).astype(dtype)
-    return generator.integers(0, 256 if dtype == np.uint8 else 2, dims).astype(dtype)

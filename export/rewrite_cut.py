@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from onnxscript import ir
 
-__all__ = ["SIZES", "Seen", "cases", "cut", "region"]
+__all__ = ["SIZES", "Seen", "cases", "cut", "inside", "region"]
 
 # Nodes that read nothing of a value but its size.
 SIZES = {"Shape", "Size"}
@@ -53,7 +53,7 @@ def cut(
     from onnx import helper
 
     nodes, sizes = region(outputs, set(inputs), whole)
-    used: set[Any] = {value for node in nodes for value in node.inputs}
+    used: set[Any] = {value for node in nodes for value in _read(node)}
     constants = [value for value in used if value is not None and _is_constant(value)]
 
     def typed(value: Any) -> Any:
@@ -123,9 +123,34 @@ def region(outputs: list[Any], stops: set[Any], whole: bool = False) -> tuple[se
         if node.op_type in SIZES and not whole:
             measured.append(node.inputs[0])
         else:
-            waiting.extend(node.inputs)
-    inside = {output for node in nodes for output in node.outputs} | stops
-    return nodes, [value for value in dict.fromkeys(measured) if value not in inside and not _is_constant(value)]
+            waiting.extend(_read(node))
+    made = {output for node in nodes for output in node.outputs} | stops
+    return nodes, [value for value in dict.fromkeys(measured) if value not in made and not _is_constant(value)]
+
+
+def inside(node: ir.Node) -> list[ir.Node]:
+    """Nodes of the graphs that an If, Loop or Scan holds.
+
+    Args:
+        node: any node.
+
+    Returns:
+        Those nodes, of all depths.
+    """
+    return [each for graph in _graphs(node) for inner in graph for each in (inner, *inside(inner))]
+
+
+def _graphs(node: ir.Node) -> list[Any]:
+    return [each.value for each in node.attributes.values() if each.type == ir.AttributeType.GRAPH]
+
+
+def _read(node: ir.Node) -> list[Any]:
+    """Values from outside that a node reads, itself or in the graphs that it holds."""
+    values: list[Any] = list(node.inputs)
+    for graph in _graphs(node):
+        own = {*graph.inputs, *graph.initializers.values(), *(value for inner in graph for value in inner.outputs)}
+        values += [value for inner in graph for value in _read(inner) if value not in own]
+    return values
 
 
 def _is_constant(value: Any) -> bool:

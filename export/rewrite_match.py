@@ -15,7 +15,7 @@ import numpy as np
 from onnxscript import ir
 
 from .lower import _MOST_CELLS
-from .rewrite_cut import SIZES, Seen, cases, cut, region
+from .rewrite_cut import SIZES, Seen, cases, cut, inside, region
 
 __all__ = ["Unlike", "Unpooling", "find", "named"]
 
@@ -204,8 +204,11 @@ def find(graph: ir.Graph, lenient: bool) -> list[Unpooling]:
         Their records, not yet proved, in the graph's order.
 
     Raises:
-        ValueError: if indices are computed with or leave the graph, naming the node and the way out.
+        ValueError: if indices are computed with or leave the graph, or an unpooling lies inside another node; the
+            message names the node and the way out.
     """
+    for node in graph:
+        _check_inside(node, lenient)
     found, explained = [], set[ir.Node]()
     for node in graph:
         if node.op_type not in _PLACING or node.domain not in ("", "ai.onnx"):
@@ -226,6 +229,18 @@ def find(graph: ir.Graph, lenient: bool) -> list[Unpooling]:
         if node.op_type == "MaxPool" and len(node.outputs) > 1 and not lenient:
             _check_uses(graph, node, explained)
     return found
+
+
+def _check_inside(node: ir.Node, lenient: bool) -> None:
+    """Refuse unpoolings in the branches or the body of a node: what they are run on there is not seen from outside."""
+    for inner in inside(node):
+        indices = inner.outputs[1] if inner.op_type == "MaxPool" and len(inner.outputs) > 1 else None
+        used = indices is not None and (indices.uses() or indices.is_graph_output())
+        if inner.op_type == "MaxUnpool" or (used and not lenient):
+            raise ValueError(
+                f"{named(inner)} lies inside {named(node)}, and only the main graph is rewritten: export the model "
+                f"without that {node.op_type}"
+            )
 
 
 def named(node: Any) -> str:

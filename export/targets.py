@@ -54,10 +54,10 @@ TARGETS = {
     "web": Target(large="native"),
     "ncnn": Target(lowering="arith", large="arith", dynamic=False),
     "tensorrt": Target(),
-    "coreml": Target(dynamic=False, writer="to_coreml"),
+    "coreml": Target(writer="to_coreml"),
     "litert": Target(dynamic=False, writer="to_litert"),
     # What XNNPACK lacks of the keys (comparing, remainders) takes longer than all of arith.
-    "executorch": Target(lowering="arith", large="arith", dynamic=False, writer="to_executorch"),
+    "executorch": Target(lowering="arith", large="arith", writer="to_executorch"),
 }
 
 

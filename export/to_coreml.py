@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .converted import Lowered, check_forms, lower_fixed, with_random
+from .converted import Lowered, check_forms, lower_for, of_maps
+from .inputs import axes_of, unguarded
 from .verify import KEY, Run, check_outputs, judge, write_report
 
 __all__ = ["to_coreml"]
+
+_SIZE = torch.ops.aten.sym_size.int
 
 
 def to_coreml(
@@ -22,10 +25,12 @@ def to_coreml(
     path: str | Path,
     *,
     lowering: str | None = None,
+    dynamic: Sequence[str] = (),
     metadata: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write a model for Core ML (ML Program, float32, iOS 16, macOS 13) at the sizes of its example.
+    """Write a model for Core ML (ML Program, float32, iOS 16, macOS 13).
 
+    Sizes are those of the example; on open axes ranges up to them, from one image and about a quarter of each size.
     Core ML runs on Apple's systems alone, so what is checked is the program given to the converter, in PyTorch, and
     that the package has the model's inputs and outputs and operators of Core ML alone; the package itself is not run.
 
@@ -34,13 +39,15 @@ def to_coreml(
         example: its positional arguments, a tensor or a tuple.
         path: folder to write, `.mlpackage`.
         lowering: `keys`, `scatter` or `arith` in place of the target's own.
+        dynamic: axes of the inputs to leave open: `batch`, and `length`, `height`, `width` or `depth` by rank; needs
+            torch 2.7.
         metadata: JSON-ready entries for the package's own metadata.
 
     Returns:
         The report that lies beside the package as `<path>.json`.
 
     Raises:
-        ValueError: if an option is unknown or an unpooling cannot be lowered.
+        ValueError: if an option is unknown, an unpooling cannot be lowered, or the model cannot have the open axes.
         RuntimeError: if a check fails; then there is no package.
         ImportError: if coremltools is missing.
     """
@@ -49,26 +56,38 @@ def to_coreml(
     path = Path(path)
     if path.suffix != ".mlpackage":
         raise ValueError(f"path={str(path)!r}: expected a name that ends in .mlpackage")
-    lowered = lower_fixed(model, example, "coreml", lowering)
+    lowered = lower_for(model, example, "coreml", lowering, dynamic)
     try:
         import coremltools
     except ImportError as error:
         raise ImportError("the export needs coremltools: pip install coremltools") from error
     used = sorted({block["lowering"] for block in lowered.blocks})
-    facts = {"package_version": __version__, "target": "coreml", "lowering": used, **(metadata or {})}
+    facts = {"package_version": __version__, "target": "coreml", "lowering": used, "dynamic": list(dynamic)}
+    facts.update(metadata or {})
     report: dict[str, Any] = {"file": path.name, **facts, "checked_in": "PyTorch before the conversion; not run"}
-    report.update(blocks=lowered.blocks, bit_comparisons=check_forms(lowered.blocks, lowered.shapes, _side))
+
+    def build(side: nn.Module, inputs: tuple[Tensor, ...], form: str) -> Run:
+        return _runner(_decomposed(lower_for(side, inputs, "coreml", form, of_maps(dynamic))))
+
+    report.update(blocks=lowered.blocks, bit_comparisons=check_forms(lowered.blocks, lowered.shapes, build))
     program = _decomposed(lowered)
-    report["outputs"] = check_outputs(_runner(program.module()), model, with_random(lowered.args), False)
+    report["outputs"] = check_outputs(_runner(program), model, lowered.inputs, False)
     judge(report["outputs"], path)
-    package = coremltools.convert(
-        program,
-        convert_to="mlprogram",
-        # float16, the default, would make ties of unequal values.
-        compute_precision=coremltools.precision.FLOAT32,
-        minimum_deployment_target=coremltools.target.iOS16,
-        skip_model_load=True,
-    )
+    try:
+        package = coremltools.convert(
+            program,
+            inputs=_ranges(coremltools, lowered),
+            convert_to="mlprogram",
+            # float16, the default, would make ties of unequal values.
+            compute_precision=coremltools.precision.FLOAT32,
+            minimum_deployment_target=coremltools.target.iOS16,
+            skip_model_load=True,
+        )
+    except Exception as error:
+        if not dynamic:
+            raise
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RuntimeError(f"dynamic={tuple(dynamic)!r}: coremltools fails ({line}); pass dynamic=()") from error
     with torch.no_grad():
         _check_package(package.get_spec(), lowered.args, model(*lowered.args), path)
     package.user_defined_metadata[KEY] = json.dumps(facts)
@@ -87,14 +106,52 @@ def to_coreml(
 
 def _decomposed(lowered: Lowered) -> Any:
     with torch.no_grad():
-        return torch.export.export(lowered.module, lowered.args, strict=False).run_decompositions({})
+        program = lowered.export().run_decompositions({})
+    _read_sizes(program)
+    return program
 
 
-def _side(side: nn.Module, inputs: tuple[Tensor, ...], form: str) -> Run:
-    return _runner(_decomposed(lower_fixed(side, inputs, "coreml", form)).module())
+def _read_sizes(program: Any) -> None:
+    """Read open sizes off the maps in place of computing them: the converter divides sizes in floating point.
+
+    Args:
+        program: an exported program; changed in place.
+    """
+    known: dict[str, tuple[Any, int]] = {}
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            for axis, size in enumerate(value.shape):
+                known.setdefault(str(size), (node, axis))
+        elif isinstance(value, torch.SymInt) and node.target is not _SIZE and str(value) in known:
+            with program.graph.inserting_before(node):
+                size = program.graph.call_function(_SIZE, known[str(value)])
+            size.meta["val"] = value
+            node.replace_all_uses_with(size)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
 
 
-def _runner(module: nn.Module) -> Run:
+def _ranges(coremltools: Any, lowered: Lowered) -> list[Any] | None:
+    """Inputs whose open axes reach from the smallest size that was checked to the largest; None where all is fixed."""
+    if not lowered.dynamic:
+        return None
+    tensors = [[each for each in tree_leaves(args) if isinstance(each, Tensor)] for args in lowered.inputs]
+    ranges = []
+    for values in zip(*tensors, strict=True):
+        shape: list[Any] = list(values[0].shape)
+        for axis, name in axes_of(values[0]).items():
+            if name in lowered.dynamic:
+                smallest = min(each.shape[axis] for each in values)
+                shape[axis] = coremltools.RangeDim(smallest, shape[axis], shape[axis])
+        ranges.append(coremltools.TensorType(shape=shape))
+    return ranges
+
+
+def _runner(program: Any) -> Run:
+    # torch.export's own checks refuse maps of one cell.
+    module = unguarded(program.module())
+
     def run(arrays: Any) -> list[Any]:
         with torch.no_grad():
             return [each.numpy() for each in tree_leaves(module(*map(torch.from_numpy, arrays)))]

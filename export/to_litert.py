@@ -1,12 +1,12 @@
 """LiteRT's files (.tflite)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from .converted import write_converted
+from .converted import Lowered, write_converted
 from .verify import Run
 
 __all__ = ["to_litert"]
@@ -18,6 +18,7 @@ def to_litert(
     path: str | Path,
     *,
     lowering: str | None = None,
+    dynamic: Sequence[str] = (),
     metadata: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a model for LiteRT at the sizes of its example, and check it in LiteRT's interpreter.
@@ -27,6 +28,7 @@ def to_litert(
         example: its positional arguments, a tensor or a tuple.
         path: file to write, `.tflite`.
         lowering: `keys`, `scatter` or `arith` in place of the target's own.
+        dynamic: LiteRT's converter takes fixed sizes alone, so that names of axes are refused.
         metadata: JSON-ready entries for the report.
 
     Returns:
@@ -40,16 +42,16 @@ def to_litert(
     path = Path(path)
     if path.suffix != ".tflite":
         raise ValueError(f"path={str(path)!r}: expected a name that ends in .tflite")
-    return write_converted(model, example, path, "litert", _make, lowering, metadata)
+    return write_converted(model, example, path, "litert", _make, lowering, dynamic, metadata)
 
 
-def _make(module: nn.Module, args: tuple[Any, ...], path: Path) -> Run:
+def _make(lowered: Lowered, path: Path) -> Run:
     """Write and load a file."""
     try:
         import litert_torch
     except ImportError as error:
         raise ImportError("the export needs litert-torch: pip install litert-torch") from error
-    litert_torch.convert(module, args).export(str(path))
+    litert_torch.convert(lowered.module, lowered.args).export(str(path))
     loaded = litert_torch.load(str(path))
 
     def run(arrays: Any) -> list[Any]:

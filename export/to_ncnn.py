@@ -2,13 +2,13 @@
 
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from .converted import check_forms, unpooled_shapes, with_random
+from .converted import check_fixed, check_forms, unpooled_shapes, with_random
 from .lower import as_args, capture
 from .to_onnx import to_onnx
 from .verify import Run, check_outputs, judge, write_report
@@ -21,6 +21,7 @@ def to_ncnn(
     example: Tensor | tuple[Any, ...],
     path: str | Path,
     *,
+    dynamic: Sequence[str] = (),
     metadata: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a model for ncnn at the sizes of its example, and check it there.
@@ -33,6 +34,7 @@ def to_ncnn(
         model: a module in evaluation mode, on the CPU, in float32.
         example: its positional arguments, a tensor or a tuple, of batch 1: ncnn has no batches.
         path: file to write, `.param`; the weights go to `.bin` beside it.
+        dynamic: pnnx writes fixed sizes alone, so that names of axes are refused.
         metadata: JSON-ready entries for the report.
 
     Returns:
@@ -46,6 +48,7 @@ def to_ncnn(
     path, args = Path(path), as_args(example)
     if path.suffix != ".param":
         raise ValueError(f"path={str(path)!r}: expected a name that ends in .param")
+    check_fixed("ncnn", dynamic)
     batches = {each.shape[0] for each in args if isinstance(each, Tensor)}
     if batches != {1}:
         raise ValueError(f"example: batches {sorted(batches)}: ncnn takes one image at a time")

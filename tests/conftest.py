@@ -23,6 +23,7 @@ def pytest_configure():
     if "PYTEST_XDIST_WORKER" in os.environ:
         # One process per core already: more threads only wait for each other.
         torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import pickle
 
 import pytest
 import torch
+from insert_nets import AUTO, IMAGE, Block, Net, net, net_with_pool_skip
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
-from torch.nn.utils import fusion, parametrize
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 from poolskip_zoo.layers import Rule, add_pool_skip, pool_skip_modules, register_placements, remove_pool_skip
@@ -20,56 +21,9 @@ from poolskip_zoo.layers.placement import presets_of
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 
 
-class Block(nn.Module):
-    def __init__(self, bias: bool = False) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=bias)
-        self.bn1 = nn.BatchNorm2d(8)
-        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, stride=2, groups=2, bias=bias)
-        self.bn2 = BatchNormAct2d(8)
-        self.downsample = nn.Sequential(nn.Conv2d(8, 8, 1, stride=2, bias=bias), nn.BatchNorm2d(8))
-
-    def forward(self, x):
-        return self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())) + self.downsample(x)
-
-
-class Net(nn.Module):
-    """A stem, two residual blocks and a classifier."""
-
-    def __init__(self, bias: bool = False) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=bias)
-        self.norm = nn.BatchNorm2d(8)
-        self.blocks = nn.Sequential(Block(bias), Block(bias))
-        self.fc = nn.Linear(8, 5)
-
-    def forward(self, x):
-        return self.fc(self.blocks(self.norm(self.stem(x))).mean((2, 3)))
-
-
-AUTO = ["blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1", "blocks.1.conv2"]
-IMAGE = (2, 3, 13, 10)
-
-
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-def net(bias: bool = False) -> nn.Module:
-    model = Net(bias)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
-    return model.eval()
-
-
-def net_with_pool_skip(placement="auto", bias: bool = False, **options) -> nn.Module:
-    model = net(bias)
-    add_pool_skip(model, placement, **options)
-    return model
 
 
 def names(*args, **options) -> list[str]:
@@ -411,72 +365,3 @@ def test_distributed_data_parallel(tmp_path):
     model(torch.randn(4, *IMAGE[1:])).square().mean().backward()
     for name, gradient in torch.load(tmp_path / "gradients.pt").items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, msg=name)
-
-
-# Folding and merging
-
-
-def fold(model: nn.Module, how: str) -> nn.Module:
-    if how == "fuse_conv_bn_eval":
-        for block in model.blocks:
-            block.conv1, block.bn1 = fusion.fuse_conv_bn_eval(block.conv1, block.bn1), nn.Identity()
-        return model
-    if how == "fx":
-        from torch.fx.experimental import optimization
-
-        return optimization.fuse(model)
-    return torch.ao.quantization.fuse_modules(model, [[f"blocks.{i}.conv1", f"blocks.{i}.bn1"] for i in (0, 1)])
-
-
-every_fold = pytest.mark.parametrize("how", ["fuse_conv_bn_eval", "fx", "fuse_modules"])
-
-
-@every_fold
-@torch.no_grad()
-def test_batchnorm_folding_is_noticed(how):
-    plain, model, x = net(), net_with_pool_skip("blocks.*.conv1"), torch.randn(IMAGE)
-    # Without Pool Skip the folding is right: what is refused below is Pool Skip's part of it.
-    torch.testing.assert_close(fold(copy.deepcopy(plain), how)(x), plain(x), rtol=1e-4, atol=1e-4)
-    with pytest.raises(RuntimeError, match="had no bias when Pool Skip was added and has one now: folding BatchNorm"):
-        fold(model, how)(x)
-
-
-@every_fold
-@torch.no_grad()
-def test_batchnorm_folding_into_a_convolution_with_bias_cannot_be_noticed(how):
-    """Such a convolution looks the same after folding: the output is wrong without an error, as documented."""
-    model, x = net_with_pool_skip("blocks.*.conv1", bias=True), torch.randn(IMAGE)
-    expected = model(x)
-    assert (fold(model, how)(x) - expected).abs().max() > 1e-3
-
-
-class LowRank(nn.Module):
-    """A low-rank update beside a convolution, as in LoRA."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.conv = conv
-        self.down = nn.Conv2d(conv.in_channels, 2, conv.kernel_size, padding=conv.padding, bias=False)
-        self.up = nn.Conv2d(2, conv.out_channels, 1, bias=False)
-
-    def forward(self, x):
-        return self.conv(x) + self.up(self.down(x))
-
-    def merge(self) -> nn.Conv2d:
-        update = torch.einsum("or,rikl->oikl", self.up.weight[:, :, 0, 0], self.down.weight)
-        self.conv.weight += update
-        return self.conv
-
-
-@pytest.mark.parametrize("pool_skip", [False, True])
-@torch.no_grad()
-def test_merging_a_low_rank_update_moves_it_before_pool_skip(pool_skip):
-    """The unmerged update is added after Pool Skip and the merged one passes through it: documented, not noticed."""
-    model, x = net(), torch.randn(IMAGE)
-    if pool_skip:
-        add_pool_skip(model, "blocks.0.conv1")
-    model.blocks[0].conv1 = LowRank(model.blocks[0].conv1)
-    expected = model(x)
-    model.blocks[0].conv1 = model.blocks[0].conv1.merge()
-    same = torch.allclose(model(x), expected, atol=1e-5)
-    assert same != pool_skip

@@ -9,7 +9,6 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_data import encode, write_pack
-from torch import nn
 
 from poolskip_zoo.cli import train as train_verb
 from poolskip_zoo.cli import validate as validate_verb
 from poolskip_zoo.data import EvalLoader, load_split
 from poolskip_zoo.training import build, evaluate, train
 from poolskip_zoo.training.recipe import Recipe, make_recipe
-from poolskip_zoo.training.state import load_checkpoint, save_checkpoint, save_weights, seed_step, write_atomic
+from poolskip_zoo.training.state import load_checkpoint
 
 # Everything that draws random numbers is on: order, crop, flip, erasing, mixup, dropout.
 EVERYTHING: dict[str, Any] = {
@@ -340,95 +338,6 @@ def test_accumulation_takes_the_step_of_the_whole_batch(data: Path, tmp_path: Pa
         weights.append(load_file(output / "test_resnet.tiny-s0" / "model.safetensors"))
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "middle", "end"), [("cosine", 0.5 * 0.1, 0.0), ("linear", 0.5 * 0.1, 0.0), ("constant", 0.1, 0.1)]
-)
-def test_schedules(scheduler: str, middle: float, end: float) -> None:
-    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
-    schedule = build.make_scheduler(recipe(lr=0.1, epochs=12, warmup_epochs=2, scheduler=scheduler), optimizer, 10)
-
-    def lr(update: int) -> float:
-        schedule.step_update(update)
-        return optimizer.param_groups[0]["lr"]
-
-    assert [lr(0), lr(10), lr(20)] == pytest.approx([0.0, 0.05, 0.1])
-    assert lr(70) == pytest.approx(middle)
-    assert lr(119) == pytest.approx(end, abs=1.1e-3)
-
-
-def test_biases_and_norms_have_no_weight_decay() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    for nesterov in (True, False):
-        optimizer = build.make_optimizer(recipe(nesterov=nesterov), model)
-        decayed = [p for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
-        assert [p.ndim for p in decayed] == [4]
-        assert optimizer.defaults["nesterov"] is nesterov
-
-
-def test_steps_have_random_numbers_of_their_own() -> None:
-    draws = []
-    for arguments in ((1, 2, 0), (1, 2, 1), (1, 3, 0), (2, 2, 0), (1, 2, 0)):
-        seed_step(*arguments)
-        draws.append((torch.rand(1).item(), np.random.rand()))
-    assert draws[0] == draws[4]
-    assert len(set(draws)) == 4
-
-
-def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.json"
-    write_atomic(path, b"old")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "input/output error")))
-    with pytest.raises(OSError, match="input/output error"):
-        write_atomic(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_weights_that_overflow_float16_stay_exact(tmp_path: Path) -> None:
-    model = nn.BatchNorm1d(2)
-    model.running_var.fill_(1e6)  # type: ignore[union-attr]
-    save_weights(tmp_path / "w.safetensors", model, torch.float16)
-    saved = load_file(tmp_path / "w.safetensors")
-    assert saved["running_var"].tolist() == [1e6, 1e6]
-    assert saved["weight"].dtype == torch.float16
-    assert saved["num_batches_tracked"].dtype == torch.int64
-
-
-def test_checkpoints_hold_no_pickled_code(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, {"bad": SimpleNamespace()})
-    with pytest.raises(RuntimeError, match="cannot be read"):
-        load_checkpoint(tmp_path)
-
-
-class Fixed(nn.Module):
-    """Returns its input's first pixels as logits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-        self.was_training: list[bool] = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.was_training.append(self.training)
-        return x.flatten(1)[:, :7] * self.scale
-
-
-def test_evaluate_counts_over_uneven_batches() -> None:
-    logits = torch.randn(10, 7, generator=torch.Generator().manual_seed(0))
-    labels = torch.randint(0, 7, (10,), generator=torch.Generator().manual_seed(1))
-    model = Fixed()
-    scores = evaluate(model, [(logits[:8], labels[:8]), (logits[8:], labels[8:])])
-    order = logits.argsort(1, descending=True)
-    assert scores.top1 == 100 * (order[:, 0] == labels).double().mean()
-    assert scores.top5 == 100 * (order[:, :5] == labels[:, None]).any(1).double().mean()
-    assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
-    assert scores.images == 10
-    assert model.training
-    assert model.was_training == [False, False]
-    with pytest.raises(ValueError, match="no images"):
-        evaluate(model, [])
 
 
 def call(verb: Any, *arguments: object) -> int:

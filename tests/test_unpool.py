@@ -214,7 +214,8 @@ def test_script_and_trace_at_other_sizes(dims, with_size, assert_close):
 
 
 @pytest.mark.parametrize(
-    ("dims", "with_size"), [(2, True), (2, False), *(pytest.param(d, True, marks=pytest.mark.slow) for d in (1, 3))]
+    ("dims", "with_size"),
+    [(2, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, False), (1, True), (3, True)))],
 )
 def test_export_and_onnx(dims, with_size, tmp_path, assert_close):
     net = SegNet(dims, with_size).eval()

@@ -31,9 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dynamic",
         nargs="*",
         metavar="AXIS",
-        help="axes to leave open: batch height width; none after it fixes all (default: batch where the target can)",
+        help="axes to leave open: batch height width; none after it fixes all (default: batch; for litert, ncnn, "
+        "executorch and coreml none). For the last two --batch and --size are the largest",
     )
     parser.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="input size (default: the model's)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images of the example (default: 1)")
     parser.add_argument("--opset", type=int, default=18, help="ONNX operator set (default: 18)")
     parser.add_argument("--half", action="store_true", help="float16 weights and computation")
     parser.add_argument("--lowering", help="keys, native, scatter or arith in place of the target's own")
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     model = _model(args.name, args.pretrained)
     metadata = _metadata(model)
     channels, *size = metadata["input_size"]
-    example = torch.randn(1, channels, *(args.size or size), generator=torch.Generator().manual_seed(0))
+    example = torch.randn(args.batch, channels, *(args.size or size), generator=torch.Generator().manual_seed(0))
     metadata["input_size"] = list(example.shape[1:])
     report = _writer(kind)(model, example, path, metadata=metadata, **options)
     found = report["outputs"]
@@ -100,14 +102,14 @@ def _options(args: argparse.Namespace, kind: str) -> dict[str, Any]:
         "openvino": ("lowering", "half", "dynamic"),
         "torchscript": ("dynamic",),
         "pt2": ("lowering", "dynamic"),
-        "ncnn": (),
-    }.get(kind, ("lowering",))
+        "ncnn": ("dynamic",),
+    }.get(kind, ("lowering", "dynamic"))
     options = {key: value for key, value in given.items() if value is not None}
     if options.get("target") == kind:
         options.pop("target")
     for key in options:
         if key not in known:
-            raise ValueError(f"--{key}: the format {kind} takes {', '.join(known) or 'fixed sizes and no such option'}")
+            raise ValueError(f"--{key}: the format {kind} takes {', '.join(known)}")
     return options
 
 

@@ -19,6 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="onnxruntime",
         help="runtime: onnxruntime (default), onnxruntime-cuda, openvino, web, ncnn, …",
     )
+    parser.add_argument(
+        "--size",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="sizes to check at, one for each that the file leaves open after the batch, such as 224 224",
+    )
     parser.add_argument("--lowering", help="keys, native, scatter or arith in place of the target's own")
 
 
@@ -38,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..export import rewrite_onnx
 
-    report = rewrite_onnx(args.source, args.output, args.target, lowering=args.lowering)
+    report = rewrite_onnx(args.source, args.output, args.target, lowering=args.lowering, size=args.size)
     nodes, found = report["nodes"], report["outputs"]
     print(f"{args.output} ({args.output.stat().st_size / 1e6:.1f} MB), nodes {nodes['before']} → {nodes['after']}")
     print(f"equal to the original to the bit in {report['bit_comparisons']} checks of:")

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from . import kernels
 from .stock import is_transformed, pool_with_indices, unpool
 
-__all__ = ["conv_of_window_maxima", "convolves_plainly", "trains_by_autograd", "window_maxima_for_training"]
+__all__ = ["add_conv_of_window_maxima", "convolves_plainly", "trains_by_autograd", "window_maxima_for_training"]
 
 
 @torch.jit.unused
@@ -63,12 +63,12 @@ def window_maxima_for_training(x: Tensor, window: list[int]) -> Tensor:
     Returns:
         Equal to the bit to torch's pair, in the memory format of `x`.
     """
-    values, offsets, indices = _Pool.apply(x, window)
+    values, offsets, indices, _ = _Pool.apply(x, window, [])
     return _Scatter.apply(values, offsets, window, x.shape[2:], indices)
 
 
-def conv_of_window_maxima(x: Tensor, window: list[int], conv: nn.Module) -> Tensor:
-    """`conv(max_unpool(max_pool(x)))` without keeping the sparse map for the backward.
+def add_conv_of_window_maxima(x: Tensor, window: list[int], conv: nn.Module) -> Tensor:
+    """`x + conv(max_unpool(max_pool(x)))` without keeping the sparse map for the backward.
 
     Args:
         x: floating-point tensor.
@@ -76,36 +76,60 @@ def conv_of_window_maxima(x: Tensor, window: list[int], conv: nn.Module) -> Tens
         conv: an `nn.Conv1d/2d/3d` of as many axes.
 
     Shape:
-        (N, C, *spatial), the output as the convolution gives it.
+        (N, C, *spatial), the output alike.
 
     Returns:
-        Equal to the bit to the stock composition; under autocast in its type.
+        Equal to the bit to the stock composition, which promotes types where autocast made the convolution's another.
     """
-    values, offsets, indices = _Pool.apply(x, window)
+    shared: list[Tensor] = []
+    values, offsets, indices, x = _Pool.apply(x, window, shared)
     weight, bias, device = conv.weight, conv.bias, x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and values.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         values, weight = values.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return _Conv.apply(values, offsets, weight, bias, window, x.shape[2:], settings, indices)
+    added = _Conv.apply(values, offsets, weight, bias, window, x.shape[2:], settings, indices, shared)
+    return added.add_(x) if added.dtype == x.dtype and added.stride() == x.stride() else x + added
 
 
 class _Pool(Function):
-    """x → (window maxima, offsets, indices or None); who takes the indices in the forward does not keep them."""
+    """x → (window maxima, offsets, indices or None, x); who takes the indices in the forward does not keep them.
+
+    x passes through so that its own gradient is added to in place here, not by autograd into one tensor more.
+    `shared` is empty, or holds what the backward of `_Conv` has made and no longer needs: the indices and a map that is
+    zero elsewhere.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, window: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, x: Tensor, window: list[int], shared: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         values, offsets, indices = _pool(x, window)
         ctx.save_for_backward(offsets)
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(each for each in (offsets, indices) if each is not None))
-        ctx.window, ctx.size = window, x.shape[2:]
-        return values, offsets, indices
+        ctx.window, ctx.size, ctx.shared = window, x.shape[2:], shared
+        return values, offsets, indices, x
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (offsets,) = ctx.saved_tensors
-        return _Scatter.apply(grads[0], offsets, ctx.window, ctx.size), None
+        of_values, _, _, of_x = grads
+        if of_values is None:
+            return of_x, None, None
+        if torch.is_grad_enabled():  # a second derivative will be asked for
+            of_u = _Scatter.apply(of_values, offsets, ctx.window, ctx.size)
+            return of_u if of_x is None else of_x + of_u, None, None
+        indices, u = ctx.shared or (None, None)
+        ctx.shared.clear()
+        last = _is_channels_last(offsets)
+        if u is not None and u.dtype == of_values.dtype and (_is_channels_last(u) if last else u.is_contiguous()):
+            of_u = u
+            _cells(u, last).scatter_(-2 if last else -1, _cells(indices, last), _cells(of_values, last))
+        else:
+            of_u = _scatter(of_values, offsets, ctx.window, ctx.size, indices)
+        return of_u if of_x is None else of_u.add_(of_x), None, None
 
 
 class _Scatter(Function):
@@ -159,9 +183,10 @@ class _Conv(Function):
         size: torch.Size,
         settings: tuple[Any, ...],
         indices: Tensor | None,
+        shared: list[Tensor],
     ) -> Tensor:
         ctx.save_for_backward(values, offsets, weight)
-        ctx.window, ctx.size, ctx.settings = window, size, settings
+        ctx.window, ctx.size, ctx.settings, ctx.shared = window, size, settings, shared
         u = _scatter(values, offsets, window, size, indices)
         return (F.conv1d, F.conv2d, F.conv3d)[len(window) - 1](u, weight, bias, *settings)
 
@@ -170,7 +195,7 @@ class _Conv(Function):
         values, offsets, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.settings
         need_values, _, need_weight, need_bias = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():  # a second derivative will be asked for
+        if torch.is_grad_enabled():
             indices, scatter, gather = None, _Scatter.apply, _Gather.apply
         else:
             indices, scatter, gather = _to_indices(offsets, ctx.window, ctx.size), _scatter, _gather
@@ -180,7 +205,9 @@ class _Conv(Function):
             [need_values, need_weight, need_bias],
         )
         of_values = gather(of_u, offsets, ctx.window, indices) if need_values else None
-        return of_values, None, of_weight, of_bias, None, None, None, None
+        if need_values and indices is not None:
+            ctx.shared[:] = indices, u
+        return of_values, None, of_weight, of_bias, *[None] * 5
 
 
 def _pool(x: Tensor, window: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -207,11 +234,15 @@ def _gather(u: Tensor, offsets: Tensor, window: list[int], indices: Tensor | Non
         return kernels.load().gather(u, offsets, window)
     if indices is None:
         indices = _to_indices(offsets, window, u.shape[2:])
-    if last:  # in the order of memory
-        indices = indices.movedim(1, -1)
-        read = u.movedim(1, -1).flatten(1, -2).gather(1, indices.flatten(1, -2))
-        return read.view(indices.shape).movedim(-1, 1)
-    return u.flatten(2).gather(2, indices.flatten(2)).view(offsets.shape)
+    read = _cells(u, last).gather(-2 if last else -1, _cells(indices, last))
+    if last:
+        return read.unflatten(1, offsets.shape[2:]).movedim(-1, 1)
+    return read.view(offsets.shape)
+
+
+def _cells(x: Tensor, last: bool) -> Tensor:
+    """(N, C, cells), or where the channels come last in memory (N, cells, C)."""
+    return x.movedim(1, -1).flatten(1, -2) if last else x.flatten(2)
 
 
 def _offset_type(window: list[int], size: torch.Size) -> torch.dtype:

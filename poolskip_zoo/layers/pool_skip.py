@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import runs_eagerly, to_window, window_maxima
-from .lean import conv_of_window_maxima, convolves_plainly, trains_by_autograd
+from .lean import add_conv_of_window_maxima, convolves_plainly, trains_by_autograd
 
 __all__ = ["PoolSkip1d", "PoolSkip2d", "PoolSkip3d"]
 
@@ -54,7 +54,7 @@ class PoolSkip(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what is inside
             if self._is_lean(x):
-                return x + conv_of_window_maxima(x, self.window, self.conv)
+                return add_conv_of_window_maxima(x, self.window, self.conv)
         return x + self.conv(window_maxima(x, self.window))
 
     @torch.jit.unused
