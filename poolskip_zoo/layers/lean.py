@@ -121,7 +121,8 @@ class _Pool(Function):
         if torch.is_grad_enabled():  # a second derivative will be asked for
             of_u = _Scatter.apply(of_values, offsets, ctx.window, ctx.size)
             return of_u if of_x is None else of_x + of_u, None, None
-        indices, u = ctx.shared or (None, None)
+        shared: tuple[Any, Any] = ctx.shared or (None, None)
+        indices, u = shared
         ctx.shared.clear()
         last = _is_channels_last(offsets)
         if u is not None and u.dtype == of_values.dtype and (_is_channels_last(u) if last else u.is_contiguous()):
