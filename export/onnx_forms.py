@@ -164,9 +164,9 @@ class _Writer:
         return self.op.Shape(value, start=2)
 
     def pool(self, z: Any) -> Any:
-        pooled, _ = self.op.MaxPool(
-            z, kernel_shape=self.window, strides=self.window, ceil_mode=int(self.ceil_mode and not self.divides)
-        )
+        # Partial windows by padding, which never wins: OpenVINO refuses maps smaller than the window in ceil mode.
+        last = [e - 1 if self.ceil_mode and not self.divides else 0 for e in self.window]
+        pooled, _ = self.op.MaxPool(z, kernel_shape=self.window, strides=self.window, pads=[0] * self.rank + last)
         return pooled
 
     def cut(self, z: Any) -> Any:
