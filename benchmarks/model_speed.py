@@ -1,6 +1,6 @@
 """Whole models beside their base, the reference's composition, the floor and the base of equal cost.
 
-    python benchmarks/model_speed.py [--threads 1] [--rounds 7] [--size 224] [--picture cost.png]
+    python benchmarks/model_speed.py [--threads 1] [--rounds 7] [--size 224]
 
 * *reference*: the same weights, Pool Skip as torch's pooling with indices and unpooling, kept by autograd as they are;
 * *floor*: the sparse map replaced by x itself, so that what is left is the cost of the 3×3 convolutions.
@@ -10,7 +10,6 @@ All take turns within one run; a ratio is that of medians. Prints a Markdown tab
 
 import argparse
 import types
-from pathlib import Path
 
 import timm
 import torch
@@ -73,24 +72,6 @@ def rows_of(name: str, device: str, args: argparse.Namespace) -> list[list[str]]
     return rows
 
 
-def draw(path: Path, rows: list[list[str]]) -> None:
-    """Training step of each variant as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = [row[0].strip("`") for row in rows]
-    values = [float(row[3].split(" ")[0]) for row in rows]
-    figure, axes = pyplot.subplots(figsize=(8, 0.42 * len(rows) + 1))
-    colours = ["tab:blue" if name.endswith("poolskip") else "tab:gray" for name in names]
-    axes.barh(names, values, color=colours)
-    axes.invert_yaxis()
-    axes.set_xlabel("training step, ms")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,7 +79,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,8 +89,6 @@ def main() -> None:
     print(f"### {where}, float32, channels_last, {args.size} pixels; in brackets Pool Skip as a multiple of it\n")
     print(table([head, *rows]))
     print(f"\n{clock(device, args.threads) - begun:.0f} s")
-    if args.picture:
-        draw(args.picture, rows)
 
 
 if __name__ == "__main__":
