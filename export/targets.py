@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
 from ..layers import unpool
 
-__all__ = ["LOWERINGS", "TARGETS", "Target", "check_drop_in", "check_target"]
+__all__ = ["LOWERINGS", "TARGETS", "Target", "check_drop_in", "check_suffix", "check_target"]
 
 # keys: a mask of ordinary operators. native: MaxPool with indices and MaxUnpool (ONNX alone). scatter: an index tensor.
 # arith: the keys without comparisons.
@@ -87,6 +88,25 @@ def check_target(target: str, lowering: str | None = None, onnx: bool = True) ->
         name = "OpenVINO" if target == "openvino" else target
         raise ValueError(f"lowering='native': {name} has no MaxUnpool; take 'keys', 'scatter' or 'arith'")
     return choice
+
+
+def check_suffix(path: str | Path, suffix: str) -> Path:
+    """Refuse a name that a format's readers would not know.
+
+    Args:
+        path: file or folder to write.
+        suffix: the format's, with its dot.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: if the path ends otherwise.
+    """
+    path = Path(path)
+    if path.suffix != suffix:
+        raise ValueError(f"path={str(path)!r}: expected a name that ends in {suffix}")
+    return path
 
 
 def check_drop_in(model: nn.Module, target: str, lowering: str | None) -> None:

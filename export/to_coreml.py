@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from .converted import Lowered, check_forms, lower_for, of_maps
 from .inputs import axes_of, unguarded
+from .targets import check_suffix
 from .verify import KEY, Run, check_outputs, judge, write_report
 
 __all__ = ["to_coreml"]
@@ -53,9 +54,7 @@ def to_coreml(
     """
     from poolskip_zoo import __version__
 
-    path = Path(path)
-    if path.suffix != ".mlpackage":
-        raise ValueError(f"path={str(path)!r}: expected a name that ends in .mlpackage")
+    path = check_suffix(path, ".mlpackage")
     lowered = lower_for(model, example, "coreml", lowering, dynamic)
     try:
         import coremltools

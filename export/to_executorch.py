@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .converted import Lowered, write_converted
+from .targets import check_suffix
 from .verify import Run
 
 __all__ = ["to_executorch"]
@@ -44,9 +45,7 @@ def to_executorch(
         RuntimeError: if a check fails; then there is no file.
         ImportError: if executorch is missing.
     """
-    path = Path(path)
-    if path.suffix != ".pte":
-        raise ValueError(f"path={str(path)!r}: expected a name that ends in .pte")
+    path = check_suffix(path, ".pte")
     return write_converted(model, example, path, "executorch", _make, lowering, dynamic, metadata)
 
 

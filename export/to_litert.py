@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .converted import Lowered, write_converted
+from .targets import check_suffix
 from .verify import Run
 
 __all__ = ["to_litert"]
@@ -39,9 +40,7 @@ def to_litert(
         RuntimeError: if a check fails; then there is no file.
         ImportError: if litert-torch is missing.
     """
-    path = Path(path)
-    if path.suffix != ".tflite":
-        raise ValueError(f"path={str(path)!r}: expected a name that ends in .tflite")
+    path = check_suffix(path, ".tflite")
     return write_converted(model, example, path, "litert", _make, lowering, dynamic, metadata)
 
 

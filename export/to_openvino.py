@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .targets import check_suffix
 from .to_onnx import to_onnx
 from .verify import KEY, check_outputs, judge, runner, write_report
 
@@ -46,9 +47,7 @@ def to_openvino(
         RuntimeError: if a check fails; then there is no file.
         ImportError: if openvino is missing; it names the extra to install.
     """
-    path = Path(path)
-    if path.suffix != ".xml":
-        raise ValueError(f"path={str(path)!r}: expected a name that ends in .xml")
+    path = check_suffix(path, ".xml")
     try:
         import openvino
     except ImportError as error:

@@ -152,7 +152,9 @@ def test_axes_that_a_model_cannot_leave_open(tmp_path, net, why):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50_poolskip", "vgg11_bn_poolskip", "vit_tiny_patch16_224_poolskip"])
 def test_one_full_size_of_each_family(tmp_path, name):
-    model = enliven(timm.create_model(name)).eval()
+    model = timm.create_model(name).eval()
+    if not name.startswith("vgg"):  # which hides no branch; at random gains its flipped near-ties change classes
+        enliven(model)
     dynamic = ("batch",) if name.startswith("vit") else OPEN
     for target in ("onnxruntime", "openvino"):
         report = to_onnx(model, torch.randn(1, 3, 224, 224), tmp_path / "net.onnx", target, dynamic=dynamic)

@@ -196,10 +196,11 @@ class _Conv(Function):
         values, offsets, weight = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.settings
         need_values, _, need_weight, need_bias = ctx.needs_input_grad[:4]
+        indices, scatter, gather = None, _scatter, _gather
         if torch.is_grad_enabled():
-            indices, scatter, gather = None, _Scatter.apply, _Gather.apply
-        else:
-            indices, scatter, gather = _to_indices(offsets, ctx.window, ctx.size), _scatter, _gather
+            scatter, gather = _Scatter.apply, _Gather.apply
+        elif not kernels.applies(values, ctx.window):
+            indices = _to_indices(offsets, ctx.window, ctx.size)
         u = scatter(values, offsets, ctx.window, ctx.size, indices)
         of_u, of_weight, of_bias = torch.ops.aten.convolution_backward(
             *(grads[0], u, weight, [len(weight)], stride, padding, dilation, False, [0] * len(stride), groups),
