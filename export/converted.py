@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
-from torch.utils._pytree import tree_leaves
 
 from . import forms, verify
-from .inputs import bounded, capture_bounded, check_dynamic, unguarded
+from .inputs import bounded, capture_bounded, check_dynamic, random_like, unguarded
 from .lower import as_args, blocks_of, lower_unpooling
 from .targets import check_drop_in, check_target
 from .to_onnx import _block
@@ -207,11 +206,7 @@ def with_random(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         Two tuples of arguments.
     """
     generator = torch.Generator().manual_seed(1)
-    other = [
-        torch.randn(each.shape, generator=generator) if isinstance(each, Tensor) and each.is_floating_point() else each
-        for each in args
-    ]
-    return [args, tuple(other)]
+    return [args, tuple(random_like(each, each.shape, generator) for each in args)]
 
 
 def check_forms(
@@ -327,9 +322,8 @@ def _flips(lowered: Lowered, make: Make, path: Path) -> float:
     # A captured module rebuilds its outputs by the original's structure.
     module.graph.set_codegen(torch.fx.graph.CodeGen())
     module.recompile()
-    inputs = [tuple(each for each in tree_leaves(args) if isinstance(each, Tensor)) for args in lowered.inputs]
-    watched, run = [], make(replace(lowered, module=module, inputs=inputs), path)
-    for args in inputs:
+    watched, run = [], make(replace(lowered, module=module), path)
+    for args in lowered.inputs:
         with torch.no_grad():
             ours = list(module(*args))
         theirs = [torch.from_numpy(each) for each in run([each.numpy() for each in args])]

@@ -10,8 +10,21 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from .lower import capture
+from .targets import check_mode
+from .verify import first_line, relative_error
 
-__all__ = ["axes_of", "capture_bounded", "capture_open", "check_dynamic", "open_inputs", "shapes_of", "unguarded"]
+__all__ = [
+    "axes_of",
+    "bounded",
+    "capture_bounded",
+    "capture_open",
+    "check_dynamic",
+    "open_inputs",
+    "random_like",
+    "run_at",
+    "shapes_of",
+    "unguarded",
+]
 
 # Names of the axes after batch and channels, by their number.
 _AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
@@ -31,12 +44,12 @@ def axes_of(value: Tensor) -> dict[int, str]:
         Axis to name: `batch`, and `length`, `height`, `width` or `depth` by rank.
     """
     if not 3 <= value.dim() <= 5:
-        return {0: "batch"}
+        return {0: "batch"} if value.dim() else {}
     return {0: "batch", **{i + 2: name for i, name in enumerate(_AXES[value.dim() - 2])}}
 
 
 def check_dynamic(args: tuple[Any, ...], dynamic: Sequence[str]) -> None:
-    """Refuse names of axes that the arguments do not have.
+    """Refuse arguments that are no tensors, and names of axes that they do not have.
 
     Args:
         args: a model's arguments.
@@ -45,9 +58,15 @@ def check_dynamic(args: tuple[Any, ...], dynamic: Sequence[str]) -> None:
     Raises:
         ValueError: naming the first such and the options.
     """
+    for i, value in enumerate(args, 1):
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"example: argument {i} is {type(value).__name__}, and files take tensors alone, by position: wrap the "
+                "model in a module that sets the others"
+            )
     if isinstance(dynamic, str):
         raise ValueError(f"dynamic={dynamic!r}: expected a tuple of names")
-    known = {name for value in args if isinstance(value, Tensor) for name in axes_of(value).values()}
+    known = {name for value in args for name in axes_of(value).values()}
     unknown = [name for name in dynamic if name not in known]
     if unknown:
         raise ValueError(f"dynamic={unknown[0]!r}: the inputs have {', '.join(sorted(known))}")
@@ -64,11 +83,42 @@ def shapes_of(args: tuple[Any, ...], dynamic: Sequence[str]) -> tuple[Any, ...]:
         One entry per argument.
     """
     return tuple(
-        dict.fromkeys((axis for axis, name in axes_of(value).items() if name in dynamic), Dim.AUTO)
-        if isinstance(value, Tensor)
-        else None
-        for value in args
+        dict.fromkeys((axis for axis, name in axes_of(value).items() if name in dynamic), Dim.AUTO) for value in args
     )
+
+
+def random_like(value: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """An argument of another shape.
+
+    Args:
+        value: an argument of a model.
+        shape: the shape.
+        generator: source of random numbers.
+
+    Returns:
+        Random numbers; of integers and truth values some of the argument's own, for others may mean nothing.
+    """
+    if value.is_floating_point():
+        return torch.randn(shape, generator=generator).to(value.dtype)
+    return value.flatten()[torch.randint(value.numel(), tuple(shape), generator=generator)]
+
+
+def run_at(model: nn.Module, inputs: Iterable[tuple[Any, ...]]) -> None:
+    """Run a model at several sizes.
+
+    Args:
+        model: a module in evaluation mode.
+        inputs: its arguments.
+
+    Raises:
+        RuntimeError: with what the model says of a size that it does not take, be it by an assert or a ValueError.
+    """
+    for args in inputs:
+        try:
+            with torch.no_grad():
+                model(*args)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise RuntimeError(first_line(error)) from error
 
 
 def open_inputs(args: tuple[Any, ...], dynamic: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
@@ -95,16 +145,13 @@ def _resized(args: tuple[Any, ...], dynamic: Sequence[str], batch: int, sizes: S
     """Arguments with other sizes of the open axes, of random numbers."""
     generator, result = torch.Generator().manual_seed(0), []
     for value in args:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            result.append(value)
-            continue
         shape, named = list(value.shape), axes_of(value)
         for axis, name in named.items():
             if name in dynamic and axis == 0:
                 shape[0] = batch
             elif name in dynamic and sizes:
                 shape[axis] = sizes[axis % 2] // (4 if value.dim() == 5 else 1)
-        result.append(torch.randn(shape, generator=generator))
+        result.append(random_like(value, shape, generator))
     return tuple(result)
 
 
@@ -143,13 +190,7 @@ def capture_bounded(
     Raises:
         ValueError: if the model cannot have these axes.
     """
-    sizes = [
-        (name, value.shape[axis])
-        for value in args
-        if isinstance(value, Tensor)
-        for axis, name in axes_of(value).items()
-        if name in dynamic
-    ]
+    sizes = [(name, value.shape[axis]) for value in args for axis, name in axes_of(value).items() if name in dynamic]
     for name, size in sizes:
         if size < 2:
             raise ValueError(
@@ -180,7 +221,7 @@ def bounded(args: tuple[Any, ...], dynamic: Sequence[str]) -> tuple[Any, ...] | 
     if not callable(Dim.AUTO):
         raise ValueError(f"dynamic={tuple(dynamic)!r}: open sizes with a largest one need torch 2.7 or newer")
     return tuple(
-        {axis: hint(max=value.shape[axis]) for axis, hint in shapes.items()} if shapes else None
+        {axis: hint(max=value.shape[axis]) for axis, hint in shapes.items()}
         for value, shapes in zip(args, shapes_of(args, dynamic), strict=True)
     )
 
@@ -189,16 +230,13 @@ def _parted(args: tuple[Any, ...], dynamic: Sequence[str], part: int, step: int)
     """Arguments of a part of the sizes of the open axes, odd ones or multiples of `step`; one image at last."""
     generator, result = torch.Generator().manual_seed(part), []
     for value in args:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            result.append(value)
-            continue
         shape = list(value.shape)
         for axis, name in axes_of(value).items():
             if name in dynamic:
                 size = max(1, shape[axis] // part)
                 fitting = size | 1 if step == 1 else -(-size // step) * step
                 shape[axis] = min(shape[axis], fitting) if axis else size if part < 4 else 1
-        result.append(torch.randn(shape, generator=generator))
+        result.append(random_like(value, shape, generator))
     return tuple(result)
 
 
@@ -210,13 +248,12 @@ def _first_captured(
     way_out: str,
 ) -> tuple[list[tuple[Any, ...]], ExportedProgram]:
     """The first list of arguments at all of which the model is one function, and its capture."""
+    check_mode(model)
     failure: Exception | None = None
     for inputs in choices:
         try:
             if dynamic:
-                with torch.no_grad():
-                    for each in inputs:
-                        model(*each)
+                run_at(model, inputs)
             program = capture(model, inputs[0], shapes(inputs[0]))
             _check_open(program, inputs[0], dynamic)
             _check_branches(program, model, inputs[1:])
@@ -226,7 +263,7 @@ def _first_captured(
                 raise
             failure = error
     raise ValueError(
-        f"the model does not run at every size of {', '.join(dynamic)}: {str(failure).strip().splitlines()[0]}; "
+        f"the model does not run at every size of {', '.join(dynamic)}: {first_line(failure)}; "
         f"leave fewer axes open (dynamic=('batch',), or () for none) and give an example of the size to fix{way_out}"
     ) from failure
 
@@ -236,8 +273,6 @@ def _check_open(program: ExportedProgram, args: tuple[Any, ...], dynamic: Sequen
     names = program.graph_signature.user_inputs
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     for name, value in zip(names, args, strict=True):
-        if not isinstance(value, Tensor):
-            continue
         for axis, axis_name in axes_of(value).items():
             if axis_name not in dynamic:
                 continue
@@ -268,7 +303,7 @@ def _check_branches(program: ExportedProgram, model: nn.Module, inputs: list[tup
     """Refuse a program that is another function than the model at other sizes: a branch of its code on the size."""
     module = unguarded(program.module())
     for args in inputs:
-        shapes = [list(each.shape) for each in args if isinstance(each, Tensor)]
+        shapes = [list(each.shape) for each in args]
         try:
             with torch.no_grad():
                 pairs = zip(tree_leaves(module(*args)), tree_leaves(model(*args)), strict=True)
@@ -281,4 +316,4 @@ def _check_branches(program: ExportedProgram, model: nn.Module, inputs: list[tup
 
 def _close(a: Tensor, b: Tensor) -> bool:
     # The same operators on the same machine: far closer than two paths through a model are.
-    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-3 * b.abs().max())
+    return a.shape == b.shape and relative_error(a, b) <= 1e-3

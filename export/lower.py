@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..layers import functional
 from . import forms
-from .targets import check_drop_in, check_target
+from .targets import check_drop_in, check_mode, check_target
 
 __all__ = ["Block", "as_args", "blocks_of", "capture", "lower_program", "lower_unpooling"]
 
@@ -135,9 +135,10 @@ def as_args(example: Tensor | Sequence[Any]) -> tuple[Any, ...]:
         example: one tensor, or all arguments.
 
     Returns:
-        A tuple.
+        A tuple, without gradients.
     """
-    return (example,) if isinstance(example, Tensor) else tuple(example)
+    args = (example,) if isinstance(example, Tensor) else tuple(example)
+    return tuple(each.detach() if isinstance(each, Tensor) else each for each in args)
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = "auto") -> ExportedProgram:
@@ -157,8 +158,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = "auto
     from torch._dynamo.exc import UserError
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-    if model.training:
-        raise ValueError("the model is in training mode: call model.eval() first")
+    check_mode(model)
     if isinstance(dynamic_shapes, str):
         if dynamic_shapes != "auto":
             raise ValueError(f"dynamic_shapes={dynamic_shapes!r}: expected 'auto', None or what torch.export takes")

@@ -198,7 +198,7 @@ class _File:
             try:
                 results = run(arrays)
             except Exception as error:
-                line = str(error).strip().splitlines()[0]
+                line = verify.first_line(error)
                 raise _Refused(f"it does not run on inputs of shape {sizes} ({line}); {_GIVE}") from error
             if any(each.size == 0 for each in results):
                 # Nothing would be compared.
@@ -307,7 +307,7 @@ def _load(source: Path) -> Any:
     try:
         model = onnx.load(str(source))
     except Exception as error:
-        raise ValueError(f"{source} is no ONNX file: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{source} is no ONNX file: {verify.first_line(error)}") from error
     if model.ByteSize() >= 2**31:
         raise ValueError(f"{source.name} has {model.ByteSize() / 1e9:.1f} GB with its weights: expected at most 2 GB")
     # Since version 4 of the format constants need not be inputs as well.
@@ -319,7 +319,7 @@ def _load(source: Path) -> Any:
         try:
             return version_converter.convert_version(model, 11)
         except Exception as error:
-            line = str(error).strip().splitlines()[0]
+            line = verify.first_line(error)
             raise ValueError(
                 f"{source.name} has operator set {opset}, and onnx cannot convert it to 11 ({line}); export it anew"
             ) from error

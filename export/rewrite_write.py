@@ -38,7 +38,7 @@ class _Tape:
             empty = self._add("Constant", value=numpy_helper.from_array(np.zeros(0, np.float32)))
             inputs = (inputs[0], empty, *inputs[2:])
         number, outputs = len(self.nodes) + len(self.constants), 2 if operator == "MaxPool" else 1
-        name = f"{self.prefix}/poolskip_{number}"
+        name = f"{self.prefix}_{number}"
         if operator == "Constant":
             tensor = ir.from_proto(attributes["value"])
             tensor.name = name
@@ -92,7 +92,11 @@ def write(
         replaced: values that earlier calls replaced; the unpooled map is added.
     """
     opset = graph.opset_imports.get("", 1)
-    tape, output = _Tape(str(unpooling.output.name), opset), unpooling.output
+    output, prefix = unpooling.output, f"{unpooling.output.name}/poolskip"
+    # A file that was written here before has such names.
+    while any(name.startswith(prefix) for name in [*(str(node.name) for node in graph), *graph.initializers]):
+        prefix += "_"
+    tape = _Tape(prefix, opset)
     if unpooling.pooling is None:
         values, indices = (replaced.get(each, each) for each in unpooling.node.inputs[:2])
         new = _scatter(tape, values, indices, _asked_size(tape, unpooling.node))

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..layers import unpool
 
-__all__ = ["LOWERINGS", "TARGETS", "Target", "check_drop_in", "check_suffix", "check_target"]
+__all__ = ["LOWERINGS", "TARGETS", "Target", "check_drop_in", "check_mode", "check_suffix", "check_target"]
 
 # keys: a mask of ordinary operators. native: MaxPool with indices and MaxUnpool (ONNX alone). scatter: an index tensor.
 # arith: the keys without comparisons.
@@ -107,6 +107,19 @@ def check_suffix(path: str | Path, suffix: str) -> Path:
     if path.suffix != suffix:
         raise ValueError(f"path={str(path)!r}: expected a name that ends in {suffix}")
     return path
+
+
+def check_mode(model: nn.Module) -> None:
+    """Refuse a model that trains: to run it would change its running statistics.
+
+    Args:
+        model: the module.
+
+    Raises:
+        ValueError: if it is in training mode.
+    """
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() first")
 
 
 def check_drop_in(model: nn.Module, target: str, lowering: str | None) -> None:

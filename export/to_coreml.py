@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from .converted import Lowered, check_forms, lower_for, of_maps
 from .inputs import axes_of, unguarded
 from .targets import check_suffix
-from .verify import KEY, Run, check_outputs, judge, write_report
+from .verify import KEY, Run, check_outputs, first_line, judge, write_report
 
 __all__ = ["to_coreml"]
 
@@ -85,8 +85,9 @@ def to_coreml(
     except Exception as error:
         if not dynamic:
             raise
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RuntimeError(f"dynamic={tuple(dynamic)!r}: coremltools fails ({line}); pass dynamic=()") from error
+        raise RuntimeError(
+            f"dynamic={tuple(dynamic)!r}: coremltools fails ({first_line(error)}); pass dynamic=()"
+        ) from error
     with torch.no_grad():
         _check_package(package.get_spec(), lowered.args, model(*lowered.args), path)
     package.user_defined_metadata[KEY] = json.dumps(facts)
@@ -135,9 +136,8 @@ def _ranges(coremltools: Any, lowered: Lowered) -> list[Any] | None:
     """Inputs whose open axes reach from the smallest size that was checked to the largest; None where all is fixed."""
     if not lowered.dynamic:
         return None
-    tensors = [[each for each in tree_leaves(args) if isinstance(each, Tensor)] for args in lowered.inputs]
     ranges = []
-    for values in zip(*tensors, strict=True):
+    for values in zip(*lowered.inputs, strict=True):
         shape: list[Any] = list(values[0].shape)
         for axis, name in axes_of(values[0]).items():
             if name in lowered.dynamic:

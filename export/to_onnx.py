@@ -73,6 +73,9 @@ def to_onnx(
     if dynamic and not choice.dynamic:
         raise ValueError(f"dynamic={tuple(dynamic)!r}: {target} takes fixed sizes alone; pass dynamic=()")
     check_drop_in(model, target, lowering)
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise ValueError(f"{name} is {value.dtype}: call model.float() first; half=True writes float16")
     reference = model
     if half:
         if len(args) != 1:
@@ -118,7 +121,8 @@ class _Half(nn.Module):
         self.model = copy.deepcopy(model).half()
 
     def forward(self, x: Tensor) -> Any:
-        return tree_map(lambda value: value.float(), self.model(x.half()))
+        outputs = self.model(x.half() if x.is_floating_point() else x)
+        return tree_map(lambda each: each.float() if getattr(each, "dtype", None) == torch.float16 else each, outputs)
 
 
 def _export(lowered: GraphModule, args: tuple[Any, ...], dynamic: Sequence[str], opset: int) -> tuple[Any, list[Any]]:
@@ -178,7 +182,7 @@ def _facts(target: str, opset: int, half: bool, dynamic: Sequence[str], blocks: 
 def _finish(proto: Any, args: tuple[Any, ...], dynamic: Sequence[str], facts: dict[str, Any]) -> None:
     """Readable names of open axes, and the metadata."""
     renamed = {}
-    for value, spec in zip((each for each in args if isinstance(each, Tensor)), proto.graph.input, strict=False):
+    for value, spec in zip(args, proto.graph.input, strict=False):
         for axis, name in axes_of(value).items():
             dim = spec.type.tensor_type.shape.dim[axis]
             if name in dynamic and dim.dim_param:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .inputs import random_like
+from .lower import as_args
 from .targets import check_suffix
 from .to_onnx import to_onnx
 from .verify import KEY, check_outputs, judge, runner, write_report
@@ -65,7 +67,8 @@ def to_openvino(
         openvino.save_model(program, str(converted), compress_to_fp16=half)
         generator = torch.Generator().manual_seed(1)
         inputs = [
-            tuple(torch.randn(shape, generator=generator) for shape in shapes) for shapes in report["outputs"]["inputs"]
+            tuple(random_like(*each, generator) for each in zip(as_args(example), shapes, strict=True))
+            for shapes in report["outputs"]["inputs"]
         ]
         flipped = report["outputs"]["flipped_windows"]
         report["outputs"] = check_outputs(runner(converted, "openvino"), model, inputs, half)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .inputs import check_dynamic, open_inputs, unguarded
+from .inputs import check_dynamic, open_inputs, run_at, unguarded
 from .lower import as_args, lower_unpooling
-from .verify import KEY, check_outputs, judge, write_report
+from .targets import check_mode
+from .verify import KEY, check_outputs, first_line, judge, write_report
 
 __all__ = ["to_torchscript"]
 
@@ -47,8 +48,7 @@ def to_torchscript(
     """
     if method not in ("trace", "script"):
         raise ValueError(f"method={method!r}: expected 'trace' or 'script'")
-    if model.training:
-        raise ValueError("the model is in training mode: call model.eval() first")
+    check_mode(model)
     path, args = Path(path), as_args(example)
     check_dynamic(args, dynamic)
     with torch.no_grad():
@@ -77,29 +77,27 @@ def to_torchscript(
 
 def _trace(model: nn.Module, args: tuple[Any, ...]) -> Any:
     try:
-        traced = torch.jit.trace(model, args, check_trace=False)
+        # Not strict: outputs may be a dict.
+        traced = torch.jit.trace(model, args, check_trace=False, strict=False)
         if "aten::max_unpool" not in str(traced.inlined_graph):
             return traced
     except TypeError as error:
         # What F.max_unpool raises while it is traced; older releases freeze its sizes.
         if "cond must be a bool" not in str(error):
             raise
-    return torch.jit.trace(unguarded(lower_unpooling(model, args)), args, check_trace=False)
+    return torch.jit.trace(unguarded(lower_unpooling(model, args)), args, check_trace=False, strict=False)
 
 
 def _inputs(model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[str]) -> list[tuple[Any, ...]]:
     """Arguments of several sizes of the open axes."""
     for inputs in open_inputs(args, dynamic):
         try:
-            with torch.no_grad():
-                for each in inputs:
-                    model(*each)
+            run_at(model, inputs)
             return inputs
-        except (RuntimeError, AssertionError) as error:
+        except RuntimeError as error:
             failure = error
     raise ValueError(
-        f"the model does not run at every size of {', '.join(dynamic)}: {str(failure).strip().splitlines()[0]}; "
-        "leave fewer axes open"
+        f"the model does not run at every size of {', '.join(dynamic)}: {first_line(failure)}; leave fewer axes open"
     ) from failure
 
 

@@ -12,7 +12,18 @@ from torch import Tensor
 
 from .onnx_forms import Translation
 
-__all__ = ["KEY", "check_blocks", "check_outputs", "checked_in", "flipped_windows", "judge", "runner", "write_report"]
+__all__ = [
+    "KEY",
+    "check_blocks",
+    "check_outputs",
+    "checked_in",
+    "first_line",
+    "flipped_windows",
+    "judge",
+    "relative_error",
+    "runner",
+    "write_report",
+]
 
 # Name of the metadata inside a file.
 KEY = "poolskip_zoo"
@@ -24,6 +35,8 @@ _Cases = Iterator[tuple[str, list[Tensor], Tensor]]
 
 # Height, width and depth where the file leaves them open: odd, divisible, and below most windows.
 _SIZES = ([17, 13, 9], [8, 12, 4], [5, 6, 7])
+
+_NEEDS = "checking the file needs {}: pip install 'poolskip-zoo[export]'"
 
 # Largest error of an output relative to the largest output: float32 sums in another order, float16 weights.
 TOLERANCE = {False: 1e-3, True: 3e-2}
@@ -62,14 +75,33 @@ def runner(model: str | Path | bytes, runtime: str) -> Run:
             model if isinstance(model, bytes) else str(model), options, providers=_providers(runtime)
         )
     except ImportError as error:
-        raise ImportError(f"checking the file needs {runtime}: pip install 'poolskip-zoo[export]'") from error
+        raise ImportError(_NEEDS.format(runtime)) from error
+    except RuntimeError:
+        raise
+    except Exception as error:
+        # ONNX Runtime's own, which are no RuntimeErrors.
+        raise RuntimeError(f"{runtime} refuses the model: {first_line(error)}") from error
     names = [each.name for each in session.get_inputs()]
     return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
 
 
-def _providers(runtime: str) -> list[str]:
-    import onnxruntime
+def first_line(error: BaseException | None) -> str:
+    """What an exception says, in one line.
 
+    Args:
+        error: the exception.
+
+    Returns:
+        Its first line, or its type where it says nothing, as a bare assert does.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _providers(runtime: str) -> list[str]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(_NEEDS.format(runtime)) from error
     cuda = ["CUDAExecutionProvider"] if runtime == "onnxruntime-cuda" else []
     return [name for name in (*cuda, "CPUExecutionProvider") if name in onnxruntime.get_available_providers()]
 
@@ -111,18 +143,16 @@ def check_outputs(run: Run, reference: Callable[..., Any], inputs: list[tuple[An
         try:
             outputs = run([each.numpy() for each in args])
         except Exception as error:
-            raise RuntimeError(f"the exported file fails at input {given}: {str(error).splitlines()[0]}") from error
+            raise RuntimeError(f"the exported file fails at input {given}: {first_line(error)}") from error
         for output, target in zip(outputs, expected, strict=True):
             got = torch.from_numpy(output)
             if got.shape != target.shape:
                 raise RuntimeError(
                     f"at input {given} the exported file gives shape {list(got.shape)}, the model {list(target.shape)}"
                 )
-            if target.is_floating_point():
-                scale = target.abs().max().clamp(min=torch.finfo(target.dtype).tiny)
-                worst = max(worst, float((got - target).abs().max() / scale))
-            if target.dim() > 1:
-                same = got.argmax(1) == target.argmax(1) if target.shape[1] > 1 else (got > 0) == (target > 0)
+            worst = max(worst, relative_error(got, target))
+            if target.dim() > 1 or not target.is_floating_point():
+                same = _classes(got) == _classes(target)
                 agree, total = agree + int(same.sum()), total + same.numel()
         shapes.append(given)
     return {
@@ -131,6 +161,33 @@ def check_outputs(run: Run, reference: Callable[..., Any], inputs: list[tuple[An
         "agreement": agree / total if total else 1.0,
         "inputs": shapes,
     }
+
+
+def relative_error(got: Tensor, target: Tensor) -> float:
+    """Largest difference relative to the largest finite number; of integers and truth values the share that differs.
+
+    Args:
+        got: what was computed.
+        target: what should have been, of the same shape.
+
+    Returns:
+        The error: 0 where infinities and NaN are equal too, infinite where only one side has them.
+    """
+    different = (got != target) & ~(got.isnan() & target.isnan())
+    if not different.any():
+        return 0.0
+    if not target.is_floating_point():
+        return float(different.float().mean())
+    scale = target.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=torch.finfo(target.dtype).tiny)
+    error = float((got - target)[different].abs().max() / scale)
+    return math.inf if math.isnan(error) else error
+
+
+def _classes(output: Tensor) -> Tensor:
+    """Classes of an output: by their scores on the second axis, by the sign of a single one, or as they stand."""
+    if not output.is_floating_point():
+        return output
+    return output.argmax(1) if output.shape[1] > 1 else output > 0
 
 
 def judge(outputs: dict[str, Any], path: Path, reference: str = "eager mode") -> None:
@@ -147,7 +204,12 @@ def judge(outputs: dict[str, Any], path: Path, reference: str = "eager mode") ->
     error, limit = outputs["max_relative_error"], outputs["tolerance"]
     flipped = outputs.get("flipped_windows", 0.0)
     close = error <= limit
-    if math.isnan(error) or not (close or flipped > 0):
+    if math.isinf(error):
+        raise RuntimeError(
+            f"{path.name} is not kept: NaN or infinities lie elsewhere in its outputs than in {reference}'s at inputs "
+            f"{outputs['inputs']}; where a map that is pooled holds some, take lowering='scatter'"
+        )
+    if not (close or flipped > 0):
         raise RuntimeError(
             f"{path.name} is not kept: its outputs differ from {reference}'s by {error:.1e} of the largest (allowed: "
             f"{limit:.0e}) at inputs {outputs['inputs']}, and no near-tie flipped"

@@ -1,6 +1,7 @@
 """ONNX files: every lowering in its runtime, open and fixed sizes, and nothing left behind by a failed check."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ import torch
 from contract.common import enliven
 from export_nets import PairNet, SegNet
 
-from poolskip_zoo.export import to_onnx, to_openvino
+from poolskip_zoo.export import to_exported_program, to_onnx, to_openvino, to_torchscript
+from poolskip_zoo.export.inputs import capture_open
+from poolskip_zoo.export.to_onnx import _Half
 from poolskip_zoo.layers import add_pool_skip, pool_skip_modules
 from poolskip_zoo.registry.catalogue import registered_models
 
@@ -181,7 +184,137 @@ def test_every_head(tmp_path, head, encoder):
     assert len({str(shape) for shape in report["outputs"]["inputs"]}) == 3
 
 
+# --- inputs and outputs of other kinds
+
+
+class Kinds(PairNet):
+    """An image, another in bytes, a label and a number in; scores, classes, truth values and nothing out."""
+
+    def __init__(self):
+        super().__init__(2)
+        self.labels = torch.nn.Embedding(7, 4)
+
+    def forward(self, x, image, label, scale):
+        scores = super().forward(x + image.float() / 255 * scale) + self.labels(label)[:, :, None, None]
+        return {"scores": scores, "classes": scores.argmax(1), "sure": scores.amax(1) > 1, "loss": None}
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="OpenVINO lacks functions that torch 2.6 writes")
+def test_inputs_and_outputs_of_every_kind(tmp_path):
+    pytest.importorskip("openvino")
+    image = torch.randint(0, 256, (1, 4, 9, 9), dtype=torch.uint8)
+    example = torch.randn(1, 4, 9, 9), image, torch.tensor([6]), torch.tensor(2.0)
+    report = to_openvino(Kinds().eval(), example, tmp_path / "net.xml")
+    assert [shapes[1:3] for shapes in report["outputs"]["inputs"]] == [[[n, 4, 9, 9], [n]] for n in (2, 1, 3)]
+    assert report["outputs"]["agreement"] == 1
+
+
+def test_float16_leaves_integers_alone():
+    class Classes(torch.nn.Module):
+        def forward(self, x):
+            return {"classes": x.argmax(1), "scores": x, "loss": None}
+
+    outputs = _Half(Classes())(torch.eye(5))
+    assert outputs["classes"].dtype == torch.int64
+    assert outputs["scores"].dtype == torch.float32
+
+
+def test_integers_and_truth_values_are_made_of_the_example():
+    """At other sizes too; others may mean nothing to the model."""
+    example = torch.randint(100, 103, (1, 3, 9, 9), dtype=torch.uint8), torch.tensor([[True, True]])
+    inputs, _ = capture_open(Both().eval(), example, OPEN)
+    assert [list(image.shape) for image, _ in inputs] == [[2, 3, 193, 161], [1, 3, 257, 289], [3, 3, 47, 33]]
+    assert all(image.dtype == torch.uint8 and {*image.unique().tolist()} == {100, 101, 102} for image, _ in inputs)
+    assert [list(flags.shape) for _, flags in inputs] == [[2, 2], [1, 2], [3, 2]]
+    assert all(flags.all() for _, flags in inputs)
+
+
+class Both(torch.nn.Module):
+    def forward(self, image, flags):
+        return image.float() * flags[:, :1, None, None]
+
+
+@pytest.mark.parametrize(
+    ("example", "says"),
+    [
+        ((torch.randn(1, 4, 9, 9), None), "argument 2 is NoneType, and files take tensors alone"),
+        ({"x": torch.randn(1, 4, 9, 9)}, "argument 1 is str, .* by position"),
+    ],
+)
+def test_arguments_that_are_no_tensors(tmp_path, example, says):
+    with pytest.raises(ValueError, match=says):
+        to_onnx(PairNet(2).eval(), example, tmp_path / "net.onnx")
+
+
+def test_other_types_of_weights_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"middle\.weight is torch\.float64: call model\.float\(\) first"):
+        to_onnx(PairNet(2).eval().double(), torch.randn(1, 4, 9, 9).double(), tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("write", [to_onnx, to_exported_program, to_torchscript])
+def test_a_model_that_trains_keeps_its_statistics(tmp_path, write):
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(4), PairNet(2))
+    suffix = {to_onnx: "onnx", to_exported_program: "pt2"}.get(write, "pt")
+    with pytest.raises(ValueError, match=r"^the model is in training mode: call model\.eval\(\) first$"):
+        write(model, torch.randn(2, 4, 9, 9), tmp_path / f"net.{suffix}")
+    assert model.training
+    assert model[0].num_batches_tracked == 0
+
+
+class Multiples(PairNet):
+    """Sizes of a number alone."""
+
+    def __init__(self, number, error):
+        super().__init__(2)
+        self.number, self.error = number, error
+
+    def forward(self, x):
+        if x.shape[-1] % self.number:
+            raise self.error
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    # A bare assert says nothing.
+    ("error", "says"),
+    [(AssertionError(), "AssertionError"), (ValueError("no multiple\nof it"), "no multiple")],
+)
+def test_models_that_check_their_sizes(error, says):
+    x = torch.randn(1, 4, 64, 64)
+    inputs, _ = capture_open(Multiples(32, error).eval(), (x,), OPEN)
+    assert [list(each.shape[2:]) for (each,) in inputs] == [[192, 160], [256, 288], [64, 96]]
+    with pytest.raises(ValueError, match=f"not run at every size of batch, height, width: {says}; leave fewer"):
+        capture_open(Multiples(37, error).eval(), (x,), OPEN)
+
+
 # --- failed checks leave nothing
+
+
+@pytest.mark.parametrize(
+    ("output", "changed", "says"),
+    [
+        (torch.randn(2, 3, 4), lambda y: y * np.nan, "NaN or infinities lie elsewhere"),
+        (torch.randn(2, 3, 4), lambda y: np.where(y == y.max(), np.inf, y), "NaN or infinities lie elsewhere"),
+        (torch.tensor([[1.0, torch.nan]]), lambda y: np.nan_to_num(y, nan=2.0), "NaN or infinities lie elsewhere"),
+        (torch.randint(0, 9, (2, 5, 5)), lambda y: (y + 1) % 9, "its outputs differ"),
+        (torch.randn(2, 5) > 0, lambda y: ~y, "its outputs differ"),
+    ],
+    ids=["NaN", "infinite", "no NaN", "classes", "truth values"],
+)
+def test_wrong_values_of_every_kind_are_refused(output, changed, says):
+    from poolskip_zoo.export import verify
+
+    found = verify.check_outputs(lambda _: [changed(output.numpy())], lambda: output, [()], False)
+    with pytest.raises(RuntimeError, match=rf"net\.onnx is not kept: {says}"):
+        verify.judge(found, Path("net.onnx"))
+
+
+def test_equal_infinities_are_no_difference():
+    from poolskip_zoo.export import verify
+
+    output = torch.tensor([[1.0, torch.inf, -torch.inf, torch.nan], [2.0, 3.0, -4.0, 0.0]])
+    found = verify.check_outputs(lambda _: [output.numpy() * np.float32(1.25)], lambda: output, [()], False)
+    assert found["max_relative_error"] == 0.25
 
 
 def test_a_wrong_unpooling_leaves_no_file(tmp_path, monkeypatch):
@@ -248,7 +381,7 @@ def test_not_a_number_and_infinity_are_as_documented(tmp_path):
     x = torch.rand(1, 4, 8, 8)
     x[0, 0, 0, 0], x[0, 1, 2, 3], x[0, 2, 0, 0] = torch.nan, torch.inf, -torch.inf
     for lowering in ("keys", "native"):
-        to_onnx(model, x, tmp_path / "net.onnx", lowering=lowering, dynamic=())
+        to_onnx(model, torch.rand(1, 4, 8, 8), tmp_path / "net.onnx", lowering=lowering, dynamic=())
         got, expected = run(tmp_path / "net.onnx", x), model(x)
         assert got[0, 1, 2, 3] == torch.inf
         if lowering == "keys":

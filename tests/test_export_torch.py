@@ -73,6 +73,19 @@ def test_loads_without_this_package(written, tmp_path):
             torch.testing.assert_close(got, model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+class Dictionary(SegNet):
+    def forward(self, x):
+        y = super().forward(x)
+        return {"out": y, "classes": y.argmax(1)}
+
+
+def test_outputs_in_a_dict_and_an_example_with_gradients(tmp_path):
+    model, x = Dictionary().eval(), torch.randn(1, 3, 32, 32, requires_grad=True)
+    to_torchscript(model, x, tmp_path / "net.pt", dynamic=())
+    outputs = torch.jit.load(tmp_path / "net.pt")(x)
+    torch.testing.assert_close(outputs, dict(model(x)))
+
+
 def test_options_are_checked(tmp_path):
     model, x = SegNet().eval(), torch.randn(1, 3, 32, 32)
     with pytest.raises(ValueError, match="method='jit'"):

@@ -185,6 +185,15 @@ def test_other_types(tmp_path, kind, lowering, engine):
     np.testing.assert_array_equal(run(tmp_path / "out.onnx", x), expected)
 
 
+@pytest.mark.parametrize("lowering", ["native", "scatter"])
+def test_a_rewritten_file_can_be_rewritten(tmp_path, lowering):
+    source = segnet(tmp_path / "in.onnx")
+    rewrite_onnx(source, tmp_path / "first.onnx", lowering=lowering)
+    rewrite_onnx(tmp_path / "first.onnx", tmp_path / "out.onnx")
+    assert not operators(tmp_path / "out.onnx") & PLACING
+    same(source, tmp_path / "out.onnx", (2, 3, 8, 12))
+
+
 def test_the_file_keeps_what_it_said_of_itself(tmp_path):
     source = segnet(tmp_path / "in.onnx")
     rewrite_onnx(source, tmp_path / "out.onnx")
