@@ -31,6 +31,7 @@ def create(
     optional: tuple[str, ...] = (),
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
+    pretrained_strict: bool = True,
     cache_dir: str | None = None,
     **kwargs: Any,
 ) -> ModelT:
@@ -47,6 +48,7 @@ def create(
         optional: modules besides the classifier that a checkpoint may lack or have in excess.
         pretrained_cfg: tag or configuration, as timm passes it.
         pretrained_cfg_overlay: entries that override the configuration.
+        pretrained_strict: whether to refuse a checkpoint whose keys are not the model's.
         cache_dir: folder of the Hub client's cache.
         kwargs: everything else timm's builder and the class take.
 
@@ -77,7 +79,8 @@ def create(
         pretrained,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=pretrained_cfg_overlay,
-        pretrained_filter_fn=partial(_fit, filter_fn=filter_fn, optional=optional),
+        pretrained_strict=pretrained_strict,
+        pretrained_filter_fn=partial(_fit, filter_fn=filter_fn, optional=optional, strict=pretrained_strict),
         cache_dir=cache_dir,
         **carried,
         **kwargs,
@@ -88,7 +91,9 @@ def create(
     return model
 
 
-def _fit(state_dict: StateDict, model: Any, filter_fn: FilterFn | None, optional: tuple[str, ...]) -> StateDict:
+def _fit(
+    state_dict: StateDict, model: Any, filter_fn: FilterFn | None, optional: tuple[str, ...], strict: bool
+) -> StateDict:
     """Adapt a checkpoint to the model and refuse one that does not fit, which timm does not do in every case."""
     if filter_fn is not None:
         try:
@@ -100,7 +105,8 @@ def _fit(state_dict: StateDict, model: Any, filter_fn: FilterFn | None, optional
     if new and _is_warm_start(model) and not any(".pool_skip." in key for key in state_dict):
         state_dict = {**state_dict, **{key: torch.zeros_like(own[key]) for key in new}}
         _logger.info("%s is a warm start: the weights of the base model, Pool Skip at zero", _name(model))
-    _check_keys(state_dict, own, model, optional)
+    if strict:
+        _check_keys(state_dict, own, model, optional)
     return state_dict
 
 

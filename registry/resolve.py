@@ -99,14 +99,14 @@ def require_warm_start(name: str, cfg: PretrainedCfg, cache_dir: str | os.PathLi
     import huggingface_hub
 
     repo, _, revision = (cfg.hf_hub_id or "").partition("@")
+    if not repo:
+        return
     files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else list(_TIMM_FILENAMES)
     cache = None if cache_dir is None else os.fspath(cache_dir)
-    for file in files if repo else ():
+    for file in files:
         cached = huggingface_hub.try_to_load_from_cache(repo, file, cache_dir=cache, revision=revision or None)
         if isinstance(cached, str):
             return
-    if not repo:
-        return
     try:
         _connect()
     except ConnectionError as error:

@@ -1,13 +1,16 @@
-"""What changes the convolution under Pool Skip: BatchNorm folding and low-rank updates."""
+"""What changes the convolution under Pool Skip: BatchNorm folding, quantisation and low-rank updates."""
 
 import copy
 
 import pytest
+import timm
 import torch
 from insert_nets import IMAGE, net, net_with_pool_skip
 from torch import nn
+from torch.ao.quantization import quantize_fx
 from torch.nn.utils import fusion
 
+import poolskip_zoo  # noqa: F401  (registers)
 from poolskip_zoo.layers import add_pool_skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
@@ -50,6 +53,24 @@ def test_batchnorm_folding_into_a_convolution_with_bias_cannot_be_noticed(how):
     model, x = net_with_pool_skip("blocks.*.conv1", bias=True), torch.randn(IMAGE)
     expected = model(x)
     assert (fold(model, how)(x) - expected).abs().max() > 1e-3
+
+
+def test_quantisation_that_replaces_modules_is_noticed():
+    model = timm.create_model("test_vit_poolskip").eval()
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(RuntimeError, match=r"took the place of one with Pool Skip.*quantise the exported file"):
+        model(torch.randn(1, 3, 64, 64))
+
+
+def test_quantisation_of_a_convolution_with_bias_and_activation_cannot_be_noticed():
+    """Fused with its activation it is replaced without its hooks: Pool Skip is gone without an error, as documented."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU()).eval()
+    plain, x = copy.deepcopy(model), torch.randn(IMAGE)
+    add_pool_skip(model, ["1"])
+    model = quantize_fx.prepare_fx(model, torch.ao.quantization.get_default_qconfig_mapping(), (x,))
+    assert not torch.allclose(model(x), plain(x), atol=0.1)
+    model = quantize_fx.convert_fx(model)
+    torch.testing.assert_close(model(x), plain(x), atol=0.1, rtol=0)
 
 
 class LowRank(nn.Module):

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -200,6 +201,49 @@ def test_it_steps_aside_for_hooks_and_other_convolutions(lean_runs):
     assert layer.conv.parametrizations.weight.original0.requires_grad
     y.sum().backward()
     assert layer.conv.parametrizations.weight.original0.grad is not None
+
+
+def pad_circularly(conv):
+    conv.padding_mode = "circular"
+
+
+def offload(conv):
+    cpu_offload(conv, execution_device=torch.device("cpu"))
+
+
+def patch(conv):
+    convolve = conv._conv_forward
+    conv._conv_forward = lambda x, weight, bias: 2 * convolve(x, weight, bias)
+
+
+@pytest.mark.parametrize("change", [pad_circularly, offload, patch])
+def test_training_computes_what_a_changed_convolution_does(change):
+    layer, x = PoolSkip2d(4), torch.randn(1, 4, 6, 6)
+    change(layer.conv)
+    with torch.no_grad():
+        expected = layer(x)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_hook_on_all_modules_sees_the_convolution():
+    layer, seen = PoolSkip2d(4), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module))
+    layer(torch.randn(1, 4, 6, 6))
+    handle.remove()
+    assert seen == [layer.conv, layer]
+
+
+def test_a_parametrised_weight_is_computed_once():
+    class Counted(nn.Module):
+        def forward(self, weight):
+            calls.append(1)
+            return weight
+
+    layer, calls = PoolSkip2d(4), []
+    nn.utils.parametrize.register_parametrization(layer.conv, "weight", Counted())
+    calls.clear()
+    layer(torch.randn(1, 4, 6, 6))
+    assert len(calls) == 1
 
 
 def test_compile_takes_one_graph_forward_and_backward():

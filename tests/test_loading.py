@@ -137,6 +137,13 @@ def test_a_checkpoint_of_another_placement_is_refused(tmp_path):
                 load("test_resnet_poolskip", overlay, pool_skip={"placement": wanted}, **kwargs)
 
 
+def test_another_placement_loads_where_the_caller_says_so(tmp_path):
+    saved = create("test_resnet_poolskip", pool_skip={"placement": "all"})
+    overlay = save(saved, tmp_path / "all.safetensors")
+    for key, value in load("test_resnet_poolskip", overlay, pretrained_strict=False).state_dict().items():
+        assert torch.equal(value, saved.state_dict()[key])
+
+
 def test_a_base_checkpoint_is_no_checkpoint_of_a_variant_without_warm_starts(tmp_path):
     overlay = save(timm.create_model("resnet20_cifar"), tmp_path / "base.safetensors")
     with pytest.raises(RuntimeError, match=r"lacks .*pool_skip"):

@@ -144,6 +144,16 @@ def test_in_place_and_back():
     assert torch.equal(model(x), before)
 
 
+def test_removed_after_another_patch_convolution_was_put_in():
+    model = make()
+    model.patch_embed.proj = nn.Conv2d(1, 16, 8, 8)
+    x = image((32, 32))[:, :1]
+    torch.testing.assert_close(model(x), oracle(model, x))
+    remove_pool_skip(model)
+    assert type(model.patch_embed) is PatchEmbed
+    assert model(x).shape == (2, 5)
+
+
 @pytest.mark.parametrize("options", [{}, {"dynamic_img_size": True}, {"distilled": True}], ids=str)
 def test_set_input_size(options):
     model = make(**options)

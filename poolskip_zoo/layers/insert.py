@@ -40,6 +40,11 @@ class Place:
 
 # tuple[Tensor] as TorchScript wants it: a convolution has one input.
 def _apply_pool_skip(self, input: tuple[Tensor], output: Tensor) -> Tensor:
+    if not hasattr(self, "pool_skip"):
+        raise RuntimeError(
+            "this module took the place of one with Pool Skip and has its hook alone, as after quantisation by "
+            "torch.ao: quantise the exported file, or remove_pool_skip(model) first"
+        )
     if self.bias is not None and not self.pool_skip.after_bias:
         raise RuntimeError(
             "this convolution had no bias when Pool Skip was added and has one now: folding BatchNorm into it moves "

@@ -44,10 +44,15 @@ def convolves_plainly(conv: nn.Module) -> bool:
         conv: any module.
 
     Returns:
-        False for subclasses, parametrised or wrapped modules, and where hooks watch the call.
+        False for subclasses, parametrised or wrapped modules, other paddings, and where hooks watch the call.
     """
-    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
-    return type(conv) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and not any(hooks)
+    if type(conv) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or conv.padding_mode != "zeros":
+        return False
+    # accelerate fetches offloaded weights in a `forward` of its own, set on the one module.
+    if "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__:
+        return False
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not any(getattr(conv, kind) or getattr(nn.modules.module, f"_global{kind}") for kind in kinds)
 
 
 def window_maxima_for_training(x: Tensor, window: list[int]) -> Tensor:

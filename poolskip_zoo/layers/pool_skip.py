@@ -64,8 +64,8 @@ class PoolSkip(nn.Module):
             isinstance(x, Tensor)  # and no proxy of torch.fx
             and x.dim() == self.dims + 2
             and runs_eagerly()
+            and convolves_plainly(self.conv)  # first: a parametrised weight is computed anew at each look
             and trains_by_autograd(x, self.conv.weight, self.conv.bias)
-            and convolves_plainly(self.conv)
         )
 
     def extra_repr(self) -> str:

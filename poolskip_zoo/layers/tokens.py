@@ -287,5 +287,6 @@ def detach_grid(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, GridPatchEmbed):
-            _take_grid(module.proj)
+            if hasattr(module.proj, "pool_skip_grid"):  # and no convolution put in since
+                _take_grid(module.proj)
             module.__class__ = PatchEmbed  # type: ignore[assignment]
