@@ -1,5 +1,6 @@
 """Cards and folders of checkpoints: made from the record alone, checked file by file, copied."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -13,6 +14,7 @@ from hub_records import NAME, make_record, make_weights
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+from poolskip_zoo.cli import hub as hub_verb
 from poolskip_zoo.cli import main
 from poolskip_zoo.hub.card import card_text, check_front_matter, config, write_card
 from poolskip_zoo.hub.verify import FILES, GOLDEN_TOLERANCE, pull, verify_folder
@@ -275,12 +277,15 @@ def test_add_makes_a_folder_and_a_record_to_paste(finished, tmp_path, capsys, re
 
 
 @pytest.mark.usefixtures("shipped")
-@pytest.mark.parametrize("wrong", ["recipe", "scores", "nan", "unfinished"])
+@pytest.mark.parametrize("wrong", ["recipe", "scores", "weights", "nan", "unfinished"])
 def test_add_refuses_what_a_card_could_not_tell(finished, tmp_path, capsys, wrong):
     if wrong == "recipe":
         (finished / "recipe.yaml").write_text(load_recipe(RECIPE, ["epochs=7", "lr=0.3"]).to_yaml())
     elif wrong == "scores":
         (tmp_path / "scores.json").write_text('{"name": "resnet20_cifar", "dataset": "cifar10_jpeg", "top1": 1}')
+    elif wrong == "weights":  # another run of the same model, whose file has the same name
+        scores = json.loads((tmp_path / "scores.json").read_text())
+        (tmp_path / "scores.json").write_text(json.dumps({**scores, "sha256": "0" * 64}))
     elif wrong == "nan":
         state = load_file(finished / WEIGHTS)
         state["fc.bias"][0] = float("nan")
@@ -289,9 +294,22 @@ def test_add_refuses_what_a_card_could_not_tell(finished, tmp_path, capsys, wron
         (finished / "metrics.json").unlink()
     cards = tmp_path / "hub_cards"
     assert main(["hub", "add", str(finished), "--scores", str(tmp_path / "scores.json"), "--cards", str(cards)]) == 2
-    said = {"recipe": "epochs, lr differ", "scores": "resnet20_cifar", "nan": "fc.bias", "unfinished": "metrics.json"}
+    said = {
+        "recipe": "epochs, lr differ",
+        "scores": "resnet20_cifar",
+        "weights": "other weights",
+        "nan": "fc.bias",
+        "unfinished": "metrics.json",
+    }
     assert said[wrong] in capsys.readouterr().err
     assert not cards.exists()
+
+
+def test_add_refuses_a_size_that_the_checkpoint_would_not_load_with(tmp_path):
+    for size, refused in ((0, False), (32, False), (64, True)):
+        context = pytest.raises(ValueError, match="images of 64 pixels") if refused else contextlib.nullcontext()
+        with context:
+            hub_verb._check_arguments(tmp_path, load_recipe(RECIPE, [f"image_size={size}"]))
 
 
 def test_card_writes_a_folder_again(trained, capsys):

@@ -149,8 +149,14 @@ def test_a_grid_goes_on_with_the_best_point(tmp_path: Path) -> None:
         assert load_list(path, tmp_path) == first
         folder = tmp_path / f"{each.name}-s0"
         folder.mkdir()
+        (folder / "recipe.yaml").write_text(each.to_yaml())
         (folder / "metrics.json").write_text(json.dumps({"val": {"top1": score}}))
     assert [(each.lr, each.seed) for each in load_list(path, tmp_path)] == [(0.1, 0), (0.3, 0), (0.3, 1), (0.3, 2)]
+    # What was trained by another recipe decides nothing, and does not mix with what is yet to be trained.
+    text = path.read_text()
+    path.write_text(text.replace(", grid:", ", set: {epochs: 3}, grid:"))
+    with pytest.raises(ValueError, match=r"x\.study-A_lr0\.1-s0 holds a run of another recipe \(epochs 2 -> 3\)"):
+        load_list(path, tmp_path)
     path.write_text(f"- {{recipe: {tmp_path / 'one.yaml'}, grid: {{lr: [0.1]}}}}\n")
     with pytest.raises(ValueError, match="grid must be a list of mappings"):
         load_list(path, tmp_path)
@@ -280,6 +286,14 @@ def test_from_the_list_to_the_page(
     assert call(*command, "--page", page) == 0
     assert page.read_text().count(verb.MARKS[0]) == 1
     assert next(csv.DictReader((runs / "runs.csv").open()))["test_top1"] == "12.5"
+    # Other images, another diagnosis.
+    assert call(*command[:-1], 10) == 0
+    assert {json.loads(path.read_text())["images"] for path in runs.glob("*/diagnosis.json")} == {10}
+    # Runs of another recipe than the list's have no line: it would tell of settings that were not theirs.
+    (tmp_path / "list.yaml").write_text((tmp_path / "list.yaml").read_text().replace("study-B,", "study-B, epochs: 9,"))
+    with pytest.raises(ValueError, match=r"t\.study-B.* holds a run of another recipe \(epochs 1 -> 9\)"):
+        call(*command)
+    (tmp_path / "list.yaml").write_text((tmp_path / "list.yaml").read_text().replace(" epochs: 9,", ""))
     page.write_text("no marks")
     with pytest.raises(ValueError, match="has no place for results"):
         call(*command, "--page", page)

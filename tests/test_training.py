@@ -20,9 +20,10 @@ from test_data import encode, write_pack
 from poolskip_zoo.cli import train as train_verb
 from poolskip_zoo.cli import validate as validate_verb
 from poolskip_zoo.data import EvalLoader, load_split
+from poolskip_zoo.registry.resolve import sha256_of
 from poolskip_zoo.training import build, evaluate, train
 from poolskip_zoo.training.recipe import Recipe, make_recipe
-from poolskip_zoo.training.state import load_checkpoint
+from poolskip_zoo.training.state import load_checkpoint, open_folder
 
 # Everything that draws random numbers is on: order, crop, flip, erasing, mixup, dropout.
 EVERYTHING: dict[str, Any] = {
@@ -252,9 +253,11 @@ def test_finished_run_is_not_trained_again_but_starts_over_on_demand(
     folder.mkdir()
     (folder / "recipe.yaml").write_text(recipe(lr=0.3).to_yaml())
     (folder / "last.pt").write_bytes(b"damaged")
+    (folder / "diagnosis.json").write_text("{}")  # of the study: it tells of the weights that go
     (folder / "notes.txt").write_text("a user's")
     assert train(recipe(), data, tmp_path, resume=False, limit_steps=1, cpu=True) is None
     assert (folder / "notes.txt").exists()
+    assert not (folder / "diagnosis.json").exists()
     (folder / "last.pt").write_bytes(b"damaged")
     with pytest.raises(RuntimeError, match=r"checkpoint .*last\.pt cannot be read \(.*\): start over with --no-resume"):
         train(recipe(), data, tmp_path, cpu=True)
@@ -300,6 +303,20 @@ def test_full_disk_ends_clearly_and_keeps_the_last_checkpoint(
     assert not list(folder.glob(".*"))
     monkeypatch.undo()
     assert train(recipe(), data, tmp_path, limit_steps=3, cpu=True) is None
+
+
+def test_one_process_at_a_time_trains_in_a_folder(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "test_resnet.tiny-s0"
+    lock = open_folder(folder, resume=True)
+    assert lock is not None
+    (folder / ".last.pt.1.tmp").write_text("half-written by a killed process")
+    with pytest.raises(RuntimeError, match=r"another process trains in .*tiny-s0: wait for it"):
+        train(recipe(lr=0.3), data, tmp_path, resume=False, cpu=True)
+    assert [path.name for path in folder.iterdir()] == [".last.pt.1.tmp"]
+    os.close(lock)
+    for _ in range(2):  # the first call lets the second in
+        assert train(recipe(), data, tmp_path, limit_steps=1, cpu=True) is None
+    assert not list(folder.glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -359,6 +376,7 @@ def test_commands(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert call(validate_verb, *arguments, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["dataset"], result["images"]) == ("cifar10_jpeg", 100)
+    assert result["sha256"] == sha256_of(weights)
 
     import timm
 
@@ -390,5 +408,5 @@ def test_validate_refuses_what_does_not_fit(data: Path, finished: Path, tmp_path
     with pytest.raises(RuntimeError, match=r"w\.safetensors is no readable safetensors file"):
         call(validate_verb, "test_resnet", *common, "--checkpoint", copy)
     copy.write_bytes(weights.read_bytes())
-    with pytest.raises(RuntimeError, match=r"w\.safetensors does not fit test_vit: .*Missing key"):
+    with pytest.raises(RuntimeError, match=r"w\.safetensors does not fit VisionTransformer: .*Missing key"):
         call(validate_verb, "test_vit", *common, "--checkpoint", copy)

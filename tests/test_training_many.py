@@ -1,6 +1,7 @@
 """Lists of runs: order, limits, failures, parts, the summary."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from test_training import PLAIN, call, data, recipe  # noqa: F401  data is a fix
 
 from poolskip_zoo.cli import train_many as verb
 from poolskip_zoo.training import join_weights, load_list, train_many
-from poolskip_zoo.training.many import SUMMARY
+from poolskip_zoo.training.many import SUMMARY, split_weights
 
 
 def rows(output: Path) -> list[dict[str, str]]:
@@ -74,6 +75,11 @@ def test_limit_stops_and_the_next_call_goes_on(data: Path, tmp_path: Path) -> No
     assert [outcome.state for outcome in outcomes] == ["stopped", "waiting"]
     assert [row["state"] for row in rows(tmp_path)] == ["stopped", "waiting"]
     assert [each.state for each in train_many(recipes, data, tmp_path, cpu=True)] == ["finished"] * 2
+    # Past the limit a run that was finished before is not one that waits: it keeps its line.
+    train_many([recipe(**short, seed=2), *recipes], data, tmp_path, limit_seconds=1e-2, cpu=True)
+    assert [(row["state"], bool(row["val_top1"])) for row in rows(tmp_path)] == [
+        *(("stopped", False), ("finished", True), ("finished", True))
+    ]
     whole = train_many(recipes[:1], data, tmp_path / "whole", cpu=True)
     name = "test_resnet.tiny-s0/model.safetensors"
     stopped, straight = load_file(tmp_path / name), load_file(tmp_path / "whole" / name)
@@ -109,6 +115,9 @@ def test_the_command_tests_once_and_leaves_parts(
     parts = sorted((folder / "parts").glob("*.safetensors"))
     assert len(parts) > 1
     assert all(part.stat().st_size < 360_000 for part in parts)
+    with pytest.raises(ValueError, match="Unit 'XB' not supported"):
+        split_weights(shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("parts")), "16XB")
+    assert not list((tmp_path / "copy").glob(".*"))
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").unlink()
     join_weights(folder)

@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        ValueError: if the list is none of the study, no run is finished, or the page has no place for results.
+        ValueError: if the list is none of the study, no run is finished, one is of another recipe than the list's, or
+            the page has no place for results.
         FileNotFoundError: if a file or data are missing.
         ImportError: if scipy or matplotlib are missing.
     """
@@ -83,9 +84,9 @@ def run(args: argparse.Namespace) -> int:
 def _progress(recipes: list[Any], folder: Path) -> tuple[dict[str, str], list[Any]]:
     """How far each net is that is not finished, and the recipes of finished runs."""
     from ..study.results import arm_of
-    from ..training.many import run_folder
+    from ..training.state import finished_metrics, run_folder
 
-    finished = [recipe for recipe in recipes if (run_folder(folder, recipe) / "metrics.json").exists()]
+    finished = [recipe for recipe in recipes if finished_metrics(run_folder(folder, recipe), recipe) is not None]
     unfinished = {}
     for net in dict.fromkeys(arm_of(recipe.name)[0] for recipe in recipes):
         of_net = [recipe for recipe in recipes if arm_of(recipe.name)[0] == net]
@@ -96,22 +97,25 @@ def _progress(recipes: list[Any], folder: Path) -> tuple[dict[str, str], list[An
 
 
 def _measure(recipe: Any, args: argparse.Namespace) -> tuple[Any, list[Any]]:
-    """Make the lines of one run: of what it wrote, and of its diagnosis, which is made once."""
+    """Make the lines of one run: of what it wrote, and of its diagnosis, which is made once for a number of images."""
     import json
 
     from ..diagnostics.cost import count_macs
     from ..study.results import LayerRow, Run, arm_of
-    from ..training.many import held_out_accuracy, run_folder
+    from ..training.many import held_out_accuracy
     from ..training.metrics import write_json
+    from ..training.state import run_folder
     from .diagnose import load_file
 
     folder = run_folder(args.runs, recipe)
     path = folder / "diagnosis.json"
-    if not path.exists():
+    diagnosis = json.loads(path.read_text()) if path.exists() else {}
+    if diagnosis.get("images") != min(args.images, recipe.hold_out):
         subject = load_file(recipe.name, folder / "model.safetensors")
         size = subject.recipe.image_size or _image_size(recipe.dataset)
-        write_json(path, {"macs": count_macs(subject.model, (3, size, size)), **_diagnose(subject, args)})
-    diagnosis, metrics = (json.loads((folder / name).read_text()) for name in ("diagnosis.json", "metrics.json"))
+        diagnosis = {"macs": count_macs(subject.model, (3, size, size)), **_diagnose(subject, args)}
+        write_json(path, diagnosis)
+    metrics = json.loads((folder / "metrics.json").read_text())
     net, arm = arm_of(recipe.name)
     base, skip = (diagnosis["summary"].get(kind) or {} for kind in ("base", "pool_skip"))
     known = [layer["l2_l1"] for layer in diagnosis["layers"] if layer["kind"] == "base" and layer["l2_l1"] is not None]
@@ -171,7 +175,8 @@ def _test(recipe: Any, args: argparse.Namespace) -> float:
     """Accuracy on the test set, measured at the first call."""
     from functools import partial
 
-    from ..training.many import run_folder, scores_on_test
+    from ..training.many import scores_on_test
+    from ..training.state import run_folder
     from .validate import measure_run
 
     scores = scores_on_test(run_folder(args.runs, recipe), partial(measure_run, data_dir=args.data_dir))

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     import os
 
     from ..training import describe, load_recipe, train
+    from ..training.state import run_folder
 
     recipe = load_recipe(args.recipe, args.set)
     try:
@@ -71,6 +72,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     scores = metrics["val"]
     measured = f"held-out {describe(scores)}" if scores else "nothing held out"
-    folder = os.path.join(args.output, f"{recipe.name}-s{recipe.seed}")
+    folder = run_folder(args.output, recipe)
     print(f"{recipe.name}: {measured}, {metrics['seconds'] / 60:.1f} min on {metrics['hardware']}; see {folder}")
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
 import sys
 import time
 from contextlib import nullcontext
@@ -20,18 +19,21 @@ from . import build
 from .evaluate import Batches, describe
 from .metrics import Recorder, draw_curves, hardware, versions, write_json
 from .recipe import Recipe, make_recipe
-from .state import explain_full_disk, load_checkpoint, save_checkpoint, save_weights, seed_step, write_atomic
+from .state import (
+    finished_metrics,
+    load_checkpoint,
+    open_folder,
+    run_folder,
+    save_checkpoint,
+    save_weights,
+    seed_step,
+    write_atomic,
+)
 from .task import TrainBatches, make_task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# All that a run writes into its folder
-FILES = (
-    *("recipe.yaml", "last.pt", "metrics.jsonl", "model.safetensors", "config.json", "metrics.json", "curves.png"),
-    "tensorboard",
-    *("scores.json", "parts"),  # of train-many
-)
 GPU_CHECK_EVERY = 50  # steps between looks at the loss: each look waits for the GPU
 
 
@@ -70,18 +72,17 @@ def train(
     Raises:
         ValueError: If the recipe does not fit model, data, devices, or the run that the folder holds.
         FileNotFoundError: If data are missing.
-        RuntimeError: If the loss is no longer finite, the disk is full, or a checkpoint is damaged.
+        RuntimeError: If the loss is no longer finite, the disk is full, a checkpoint is damaged, or another process
+            trains in the run folder.
     """
     limits = {"checkpoint_steps": checkpoint_steps, "limit_steps": limit_steps, "limit_seconds": limit_seconds}
     for key, value in limits.items():
         if value < 0:
             raise ValueError(f"{key}={value} must be at least 0")
     deadline = time.monotonic() + limit_seconds if limit_seconds else math.inf
-    folder = Path(output) / f"{recipe.name}-s{recipe.seed}"
-    if resume:
-        finished = _finished(folder, recipe)
-        if finished is not None:
-            return finished
+    folder = run_folder(output, recipe)
+    if resume and (metrics := finished_metrics(folder, recipe)) is not None:
+        return metrics
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     was_deterministic = torch.are_deterministic_algorithms_enabled()
@@ -90,36 +91,13 @@ def train(
     try:
         accelerator = build.make_accelerator(recipe, cpu)
         run = _Run(recipe, folder, accelerator, data_dir, download)
-        run.open(resume)
         try:
+            run.open(resume)
             return run.finish() if run.fit(checkpoint_steps, limit_steps, deadline) else None
         finally:
             run.close()
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
-
-
-def _finished(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """Return the metrics of a finished run, after a check that the folder's run is the same one."""
-    import json
-
-    import yaml
-
-    try:
-        written = make_recipe(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"{folder} holds a damaged recipe.yaml: start over with --no-resume ({error})") from error
-    theirs, ours = dataclasses.asdict(written), dataclasses.asdict(recipe)
-    changed = [f"{key} {theirs[key]!r} -> {ours[key]!r}" for key in ours if ours[key] != theirs[key]]
-    if changed:
-        raise ValueError(
-            f"{folder} holds a run of another recipe ({'; '.join(changed)}): "
-            "give another name or --output, or start over with --no-resume"
-        )
-    path = folder / "metrics.json"  # written last
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 class _Run:
@@ -163,6 +141,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.recorder: Recorder | None = None
         self.bar: Any = None
+        self.lock: int | None = None
 
     @property
     def main(self) -> bool:
@@ -174,11 +153,7 @@ class _Run:
         from tqdm import tqdm
 
         if self.main:
-            with explain_full_disk(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-            for name in FILES if not resume else ():
-                path = self.folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            self.lock = open_folder(self.folder, resume)
         self.accelerator.wait_for_everyone()
         state = load_checkpoint(self.folder)
         if state is not None:
@@ -404,7 +379,9 @@ class _Run:
         return metrics
 
     def close(self) -> None:
-        """Close the records and the progress bar."""
+        """Let others into the folder, close the records and the progress bar."""
+        if self.lock is not None:
+            os.close(self.lock)
         if self.bar is not None:
             self.bar.close()
         if self.recorder is not None:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import yaml
 
 from .loop import train
 from .recipe import RECIPE_DIR, Recipe, load_recipe
-from .state import write_atomic
+from .state import finished_metrics, run_folder, write_atomic
 
 SUMMARY = "results.csv"
 COLUMNS = ("name", "seed", "state", "parameters", "epochs", "hours", "hardware")  # then the scores, as val_ and test_
@@ -62,7 +63,8 @@ def load_list(
 
     Raises:
         FileNotFoundError: If the file or a recipe is missing.
-        ValueError: If the list is malformed, two runs would share a folder, or there is no such share.
+        ValueError: If the list is malformed, two runs would share a folder, a grid's results are of other recipes, or
+            there is no such share.
     """
     shipped = RECIPE_DIR / "lists" / f"{source}.yaml"
     path = Path(source) if Path(source).is_file() or not shipped.is_file() else shipped
@@ -77,7 +79,7 @@ def load_list(
         raise ValueError(f"{path} must be a YAML list of recipes")
     part, parts = share
     if not 1 <= part <= parts <= len(entries):
-        raise ValueError(f"share {part}/{parts}: expected 1/1 to {len(entries)}/{len(entries)}, as {path} has entries")
+        raise ValueError(f"share {part}/{parts}: expected I/N, I of 1 to N, N at most {len(entries)}, the entries")
     recipes = [recipe for entry in entries for recipe in _expand(path, entry, Path(output))]
     folders = [(recipe.name, recipe.seed) for recipe in recipes]
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
@@ -116,10 +118,10 @@ def _best(recipes: list[Recipe], output: Path) -> Recipe | None:
     """Return the run of best held-out accuracy, the earlier of equal ones, or None if not all are finished."""
     scores = []
     for recipe in recipes:
-        path = run_folder(output, recipe) / "metrics.json"
-        if not path.exists():
+        metrics = finished_metrics(run_folder(output, recipe), recipe)
+        if metrics is None:
             return None
-        scores.append(held_out_accuracy(json.loads(path.read_text(encoding="utf-8"))))
+        scores.append(held_out_accuracy(metrics))
     return recipes[scores.index(max(scores))]
 
 
@@ -139,19 +141,6 @@ def held_out_accuracy(metrics: dict[str, Any]) -> float:
     if not scores:
         raise ValueError(f"{metrics['name']} held out no images: there is nothing to choose by")
     return scores["top1"] if "top1" in scores else scores["miou"]
-
-
-def run_folder(output: str | os.PathLike[str], recipe: Recipe) -> Path:
-    """Name the folder of a run.
-
-    Args:
-        output: Folder of run folders.
-        recipe: The run.
-
-    Returns:
-        ``<output>/<name>-s<seed>``.
-    """
-    return Path(output) / f"{recipe.name}-s{recipe.seed}"
 
 
 def summary_name(share: tuple[int, int] = (1, 1)) -> str:
@@ -237,15 +226,17 @@ def train_many(
     main = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the one that writes
     for place, recipe in enumerate(recipes):
         left = end - time.monotonic() if limit_seconds else 0
-        if limit_seconds and left <= 0:
-            break
+        late = limit_seconds > 0 and left <= 0
         folder = run_folder(output, recipe)
         try:
-            metrics = train(recipe, data_dir, output, limit_seconds=left, **settings)
-            if metrics is None:
-                outcomes[place] = Outcome(recipe, "stopped")
+            if late:  # what was finished before has its line all the same
+                metrics = finished_metrics(folder, recipe)
             else:
-                scores = scores_on_test(folder, measure if main else None)
+                metrics = train(recipe, data_dir, output, limit_seconds=left, **settings)
+            if metrics is None:
+                outcomes[place] = Outcome(recipe, "waiting" if late else "stopped")
+            else:
+                scores = scores_on_test(folder, measure if main and not late else None)
                 if part_size and main:
                     split_weights(folder, part_size)
                 outcomes[place] = Outcome(recipe, "finished", metrics, scores)
@@ -287,10 +278,11 @@ def split_weights(folder: Path, part_size: str) -> None:
 
     parts = folder / "parts"
     if not parts.exists():
-        new = folder / f".parts.{os.getpid()}.tmp"
-        new.mkdir()
-        save_torch_state_dict(load_file(folder / "model.safetensors"), new, max_shard_size=part_size)
-        new.replace(parts)
+        with tempfile.TemporaryDirectory(".tmp", ".parts.", folder) as temporary:
+            new = Path(temporary) / "parts"
+            new.mkdir()
+            save_torch_state_dict(load_file(folder / "model.safetensors"), new, max_shard_size=part_size)
+            new.replace(parts)
 
 
 def join_weights(folder: Path) -> None:
@@ -321,6 +313,7 @@ def join_weights(folder: Path) -> None:
 
 def _write_summary(path: Path, outcomes: list[Outcome]) -> None:
     """Write one line per run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for outcome in outcomes:
         row: dict[str, Any] = {"name": outcome.recipe.name, "seed": outcome.recipe.seed, "state": outcome.state}

@@ -7,10 +7,13 @@ checkpoint holds everything else at full precision. So no generator's state is s
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
+import json
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +21,101 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from ..data.augment import random_bits
+from .recipe import Recipe, make_recipe
 
 CHECKPOINT = "last.pt"
+# All that is written into a run's folder
+FILES = (
+    *("recipe.yaml", CHECKPOINT, "metrics.jsonl", "model.safetensors", "config.json", "metrics.json", "curves.png"),
+    "tensorboard",
+    *("scores.json", "parts"),  # of train-many
+    "diagnosis.json",  # of study
+)
 _STEP_STREAM = 98  # of random_bits: generators within a step
+
+
+def run_folder(output: str | os.PathLike[str], recipe: Recipe) -> Path:
+    """Name the folder of a run.
+
+    Args:
+        output: Folder of run folders.
+        recipe: The run.
+
+    Returns:
+        ``<output>/<name>-s<seed>``.
+    """
+    return Path(output) / f"{recipe.name}-s{recipe.seed}"
+
+
+def finished_metrics(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """Read the metrics of a finished run, after a check that the folder's run is the same one.
+
+    Args:
+        folder: The run folder.
+        recipe: The run that is meant.
+
+    Returns:
+        What ``metrics.json`` holds, or None if the run is not finished.
+
+    Raises:
+        ValueError: If the folder holds a run of another recipe.
+    """
+    try:
+        written = make_recipe(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"{folder} holds a damaged recipe.yaml: start over with --no-resume ({error})") from error
+    theirs, ours = dataclasses.asdict(written), dataclasses.asdict(recipe)
+    changed = [f"{key} {theirs[key]!r} -> {ours[key]!r}" for key in ours if ours[key] != theirs[key]]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run of another recipe ({'; '.join(changed)}): "
+            "give another name or --output, or start over with --no-resume"
+        )
+    path = folder / "metrics.json"  # written last
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def open_folder(folder: Path, resume: bool) -> int | None:
+    """Make or clear a run folder, and keep other processes from training in it.
+
+    Args:
+        folder: The run folder.
+        resume: Keep what a run wrote there, but for what a killed process left half-written.
+
+    Returns:
+        A file descriptor that holds the lock until it is closed or the process ends; None where there are no locks.
+
+    Raises:
+        RuntimeError: If another process trains in it, or the disk is full.
+    """
+    with explain_full_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    for path in (*folder.glob(".*.tmp"), *(folder / name for name in FILES if not resume)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return lock
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock the folder itself: no file is left behind, and the system takes the lock of a killed process back."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise RuntimeError(f"another process trains in {folder}: wait for it, or give another --output") from error
+        return None  # some network file systems have no locks
+    return lock
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
