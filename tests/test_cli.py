@@ -9,6 +9,7 @@ import poolskip_zoo
 from poolskip_zoo import inference
 from poolskip_zoo.cli import main
 from poolskip_zoo.samples import sample_paths
+from poolskip_zoo.training import load_recipe
 
 
 @pytest.fixture
@@ -79,6 +80,16 @@ def test_demo_draws_exports_and_compares(tmp_path, capsys):
         (["predict", "resnet420_cifar_poolskip", "x.jpg"], "has no weights"),
         (["train", "no_such_recipe"], "no_such_recipe"),
         (["validate", "resnet18_poolskip", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["list", "resnet420_cifar", "--pretrained"], "`poolskip list --pretrained` prints all"),
+        (["validate", "resnet18_poolskipp"], "unknown model 'resnet18_poolskipp'"),
+        (["validate", "resnet420_cifar"], "resnet420_cifar has no weights: give --checkpoint"),
+        (["validate", "unet_resnet50.nothing"], "unknown model 'unet_resnet50.nothing'"),
+        (["predict", "deeplabv3plus_resnet50.voc2012", "x.jpg"], "no weights of deeplabv3plus_resnet50.voc2012"),
+        (["validate", "deeplabv3plus_resnet50.voc2012"], "--checkpoint FOLDER/model.safetensors"),
+        (["export", "test_resnet_poolskip", "--no-pretrained", "--batch", "0", "--dynamic"], "--batch 0 must be"),
+        (["export", "test_resnet_poolskip", "--no-pretrained", "--size", "64", "0"], "--size 64 0 must be"),
+        (["prune", "test_resnet", "--dataset", "cifar11"], "unknown dataset 'cifar11': one of cifar10,"),
+        (["train-many", "c10", "--part-size", "16"], "--part-size '16' is no number with KB, MB"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, said, capsys):
@@ -87,6 +98,23 @@ def test_mistakes_end_in_one_line(arguments, said, capsys):
     assert error.startswith("poolskip: error: ")
     assert error.count("\n") == 1
     assert said in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["export", "RUN"], "RUN is a run folder"),
+        (["predict", "resnet20_cifar", "x.jpg", "--checkpoint", "RUN/model.safetensors"], "create_model(NAME, checkp"),
+    ],
+)
+def test_runs_of_classifiers_are_told_how_to_load(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "RUN"
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    (folder / "recipe.yaml").write_text(load_recipe("resnet20_cifar.c10").to_yaml())
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("untrained")

@@ -63,6 +63,9 @@ def run(args: argparse.Namespace) -> int:
     """
     import torch
 
+    for option, numbers in (("--batch", [args.batch]), ("--size", args.size or [])):
+        if any(number < 1 for number in numbers):
+            raise ValueError(f"{option} {' '.join(map(str, numbers))} must be at least 1")
     by_suffix = {suffix: key for key, suffix in _SUFFIXES.items()}.get((args.output or Path()).suffix)
     own = args.target if args.target in ("coreml", "litert", "executorch") else None
     kind = args.format or by_suffix or own or "onnx"
@@ -133,6 +136,11 @@ def _model(name: str, pretrained: bool) -> Any:
 
     from .. import create_model
 
+    if (Path(name) / "recipe.yaml").is_file():
+        raise ValueError(
+            f"{name} is a run folder: load its model in Python (timm.create_model(NAME, checkpoint_path=FILE), of "
+            "segmentation smp.from_pretrained(FOLDER)) and give it to poolskip_zoo.export"
+        )
     if Path(name).is_dir():
         name = f"local-dir:{name}"
     elif ":" not in name:

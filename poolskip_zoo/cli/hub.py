@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    add = actions.add_parser("add", help="make a checkpoint's folder of a finished run; print its record")
+    add = _action(actions, "add", "make a checkpoint's folder of a finished run; print its record")
     add.add_argument("run", type=Path, help="run folder of `poolskip train`")
     add.add_argument("--scores", required=True, help="file with what `poolskip validate … --json` printed; - reads it")
     add.add_argument(
@@ -26,17 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add.add_argument("--cards", type=Path, help="folder of checkpoints (default: hub_cards/ of the checkout)")
 
-    card = actions.add_parser("card", help="write README.md, config.json and SHA256SUMS again from the record")
+    card = _action(actions, "card", "write README.md, config.json and SHA256SUMS again from the record")
     _add_names(card)
 
-    verify = actions.add_parser("verify", help="compare files with their hashes, and a golden output")
+    verify = _action(actions, "verify", "compare files with their hashes, and a golden output")
     _add_names(verify)
 
-    pull = actions.add_parser("pull", help="copy verified checkpoints into a folder, for POOLSKIP_HUB_DIR")
+    pull = _action(actions, "pull", "copy verified checkpoints into a folder, for POOLSKIP_HUB_DIR")
     _add_names(pull)
     pull.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder; made if missing")
 
-    publish = actions.add_parser("publish", help="upload checkpoints to the Hugging Face Hub")
+    publish = _action(actions, "publish", "upload checkpoints to the Hugging Face Hub")
     _add_names(publish)
     publish.add_argument("--org", help="organisation or user on the Hub (default: the records')")
     publish.add_argument("--private", action="store_true", help="make new repositories private")
@@ -57,6 +57,10 @@ def run(args: argparse.Namespace) -> int:
         RuntimeError: if files are not what they should be, or the Hub fails.
     """
     return {"add": _add, "card": _card, "verify": _verify, "pull": _pull, "publish": _publish}[args.action](args)
+
+
+def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
+    return actions.add_parser(name, help=text, description=text)
 
 
 def _add_names(parser: argparse.ArgumentParser) -> None:
@@ -137,6 +141,7 @@ def _check_arguments(run: Path, used: Any) -> None:
     """A checkpoint loads by its name, so its record must carry what its model was made with."""
     import poolskip_zoo  # noqa: F401  registers the models
 
+    from ..data import DATASETS
     from ..registry.catalogue import registered_models
     from ..registry.checkpoint import CARRIED
 
@@ -146,6 +151,12 @@ def _check_arguments(run: Path, used: Any) -> None:
         raise ValueError(
             f"{run} is of {used.model}, a model of timm's, which has no tags but timm's own: its weights make no "
             f"checkpoint of ours; its numbers get into the card of {used.model}_poolskip with --base"
+        )
+    size = DATASETS[used.dataset].image_size
+    if used.image_size not in (0, size):
+        raise ValueError(
+            f"{run} was measured on images of {used.image_size} pixels, but a checkpoint of {used.dataset} loads for "
+            f"{size}, where its scores are others"
         )
     # Drop rates are of training alone; timm's configurations leave them out as well.
     needed = [key for key in used.model_args if not key.startswith("drop_") and not key.endswith("_drop_rate")]

@@ -34,13 +34,13 @@ def run(args: argparse.Namespace) -> int:
     from ..registry.checkpoint import checkpoints
 
     if args.warm_starts:
-        names = warm_starts()
+        names, option = warm_starts(), " --warm-starts"
     elif args.pretrained:
-        names = [checkpoint.name for checkpoint in checkpoints()]
+        names, option = [checkpoint.name for checkpoint in checkpoints()], " --pretrained"
     else:
-        names = registered_models()
+        names, option = registered_models(), ""
     shown = [name for name in names if fnmatchcase(name, args.pattern) or fnmatchcase(name.split(".")[0], args.pattern)]
     if not shown:
-        raise ValueError(f"no model matches {args.pattern!r}; `poolskip list` prints all {len(names)}")
+        raise ValueError(f"no model matches {args.pattern!r}; `poolskip list{option}` prints all {len(names)}")
     print("\n".join(shown))
     return 0

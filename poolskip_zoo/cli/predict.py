@@ -45,7 +45,10 @@ def run(args: argparse.Namespace) -> int:
     if segments(args.name, recipe):
         return _segment(args, recipe)
     if args.checkpoint:
-        raise ValueError(f"--checkpoint {args.checkpoint} is no run of segmentation: it has no recipe of one beside it")
+        raise ValueError(
+            f"--checkpoint {args.checkpoint} is no run of segmentation; weights of a classifier load by "
+            "timm.create_model(NAME, checkpoint_path=FILE)"
+        )
     classifier = Classifier.from_pretrained(args.name)
     _check_top(args.top, classifier.labels)
     images = [read_image(path) for path in args.images]

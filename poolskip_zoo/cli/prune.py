@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dataset", help="data set (default: the one that the checkpoint was trained on)")
     parser.add_argument(
-        "--images", type=int, default=512, metavar="N", help="held-out images for dead filters, 0: only inert ones"
+        "--images", type=int, default=512, metavar="N", help="held-out images for dead filters, 0: none (default: 512)"
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help=".pt2 (torch.export) or .onnx (default: the name with .pt2)"
@@ -101,7 +101,9 @@ def _images(args: argparse.Namespace, subject: Any) -> tuple[Any, Any]:
     asked = args.data_dir or args.dataset
     if not (asked or os.environ.get(DATA_DIR_VARIABLE)) or (subject.dataset is None and not asked):
         return None, None
-    if subject.dataset not in DATASETS:
+    if subject.dataset and subject.dataset not in DATASETS:
+        raise ValueError(f"unknown dataset {subject.dataset!r}: one of {', '.join(DATASETS)}")
+    if not subject.dataset:
         raise ValueError(f"it is not known what {args.name!r} was trained on: give --dataset, of {', '.join(DATASETS)}")
     hold_out = subject.recipe.hold_out if subject.recipe and subject.recipe.hold_out > 0 else 5000
     shared: dict[str, Any] = {"device": torch.device("cpu"), "hold_out": hold_out}

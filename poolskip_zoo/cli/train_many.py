@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 HELP = "train a list of recipes and seeds within a time limit"
 
@@ -14,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The verb's parser.
     """
     parser.add_argument(
-        "list", help="YAML file of recipes, or of mappings of recipe, seeds, set and grid; or a shipped list: c10"
+        "list",
+        help="YAML file of recipes, or of mappings of recipe, seeds, set, grid; or a shipped list: c10, tin200, study",
     )
     parser.add_argument("--data-dir", help="data folder (default: the environment variable POOLSKIP_DATA_DIR)")
     parser.add_argument("--output", default="runs", help="folder of run folders (default: %(default)s)")
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from .validate import measure_run
 
     share = _share(args.share)
+    _check_size(args.part_size)
     outcomes = train_list(
         args.list,
         args.data_dir,
@@ -75,3 +78,9 @@ def _share(text: str) -> tuple[int, int]:
     if not part.isdecimal() or not parts.isdecimal():
         raise ValueError(f"--share {text!r} is not of the form I/N, such as 1/2")
     return int(part), int(parts)
+
+
+def _check_size(text: str) -> None:
+    """Refuse a size before the hours of training that it would end."""
+    if text and not re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", text, re.IGNORECASE):
+        raise ValueError(f"--part-size {text!r} is no number with KB, MB, GB or TB, such as 16MB")

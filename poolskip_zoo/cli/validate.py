@@ -85,8 +85,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     import dataclasses
 
     import torch
+    from timm.models import is_model_pretrained
 
     from ..data import DATASETS, EvalLoader, load_split
+    from ..training.build import is_known
     from ..training.evaluate import evaluate
 
     if args.batch_size < 1:
@@ -94,6 +96,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     recipe = recipe_beside(args.name, args.checkpoint)
     if segments(args.name, recipe):
         return _measure_segmentation(args, recipe)
+    if not is_known(args.name):
+        raise ValueError(f"unknown model {args.name!r}: `poolskip list` shows the names")
+    if not args.checkpoint and not is_model_pretrained(args.name):
+        raise ValueError(f"{args.name} has no weights: give --checkpoint, or a name of `poolskip list --pretrained`")
     dataset = args.dataset or (recipe.dataset if recipe else _dataset(args.name))
     if dataset not in DATASETS:
         raise ValueError(f"unknown dataset {dataset!r}: one of {', '.join(DATASETS)}")
@@ -116,7 +122,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         channels_last=True,
     )
     scores = evaluate(model.to(device, memory_format=torch.channels_last), loader)
-    return {"name": args.name, "dataset": dataset, **dataclasses.asdict(scores)}
+    return {"name": args.name, "dataset": dataset, "sha256": _sha256(args), **dataclasses.asdict(scores)}
 
 
 def _measure_segmentation(args: argparse.Namespace, recipe: Any) -> dict[str, Any]:
@@ -142,7 +148,7 @@ def _measure_segmentation(args: argparse.Namespace, recipe: Any) -> dict[str, An
     settings: dict[str, Any] = {"mean": info.mean, "std": info.std, "device": device, "batch_size": size}
     loader = SceneEvalLoader(scenes, image_size=recipe.image_size, channels_last=True, **settings)
     scores = make_task(recipe).evaluate(model.to(device, memory_format=torch.channels_last), loader)
-    result = {"name": args.name, "dataset": recipe.dataset, **dataclasses.asdict(scores)}
+    result = {"name": args.name, "dataset": recipe.dataset, "sha256": _sha256(args), **dataclasses.asdict(scores)}
     return {**result, "class_iou": dict(zip(info.labels or (), scores.class_iou, strict=True))}
 
 
@@ -155,10 +161,22 @@ def segments(name: str, recipe: Any) -> bool:
 
     Returns:
         True for a segmentation recipe or recorded checkpoint.
+
+    Raises:
+        ValueError: If it is a shipped recipe of segmentation whose weights are not recorded.
     """
     from ..registry.checkpoint import SegmentationCheckpoint, find
+    from ..training import load_recipe, recipe_names
 
-    return recipe.segments if recipe else isinstance(find(name), SegmentationCheckpoint)
+    if recipe:
+        return recipe.segments
+    record = find(name)
+    if record is None and name in recipe_names() and load_recipe(name).segments:
+        raise ValueError(
+            f"no weights of {name} are recorded: train it, then give its run (predict and validate: "
+            "--checkpoint FOLDER/model.safetensors, diagnose: the folder)"
+        )
+    return isinstance(record, SegmentationCheckpoint)
 
 
 def segmentation_model(name: str, recipe: Any, checkpoint: str | None) -> tuple[Any, Any]:
@@ -217,6 +235,17 @@ def recipe_beside(name: str, checkpoint: str | None) -> Any:
     return recipe
 
 
+def _sha256(args: argparse.Namespace) -> str | None:
+    """Hash of the weights, by which `poolskip hub add` knows whose scores these are; None if they are not ours."""
+    from ..registry.checkpoint import find
+    from ..registry.resolve import sha256_of
+
+    if args.checkpoint:
+        return sha256_of(Path(args.checkpoint))
+    record = find(args.name)
+    return record.sha256 if record else None
+
+
 def _dataset(name: str) -> str:
     """Return the name of the data set that a checkpoint was trained on."""
     from ..registry.checkpoint import find
@@ -231,29 +260,15 @@ def _model(args: argparse.Namespace, recipe: Any, num_classes: int) -> Any:
     """Make the model with its weights."""
     import timm
 
-    from ..training.build import is_known
-
-    if not is_known(args.name):
-        raise ValueError(f"unknown model {args.name!r}: `poolskip list` shows the names")
     if not args.checkpoint:
         model = timm.create_model(args.name, pretrained=True)
         if model.num_classes != num_classes:
             raise ValueError(f"{args.name} tells {model.num_classes} classes apart, the data set has {num_classes}")
         return model
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     from ..registry.catalogue import create_base
     from ..registry.checkpoint import SUFFIX
+    from ..registry.segmentation import load_weights
 
     arch, model_args = args.name.partition(".")[0], recipe.model_args if recipe else {}
     make = timm.create_model if arch.endswith(SUFFIX) else create_base
-    model = make(arch, num_classes=num_classes, **model_args)
-    try:
-        model.load_state_dict(load_file(args.checkpoint))
-    except SafetensorError as error:
-        raise RuntimeError(f"{args.checkpoint} is no readable safetensors file: {error}") from error
-    except RuntimeError as error:
-        message = " ".join(str(error).split())
-        raise RuntimeError(f"{args.checkpoint} does not fit {args.name}: {message[:300]}") from error
-    return model
+    return load_weights(make(arch, num_classes=num_classes, **model_args), Path(args.checkpoint))

@@ -219,7 +219,8 @@ def load_splits(
     """
     check_splits(name, splits, _READERS)
     if download and name.endswith("_jpeg"):
-        raise ValueError(f"{name} cannot be downloaded: put its packs into the data folder")
+        other = "; cifar10 can, --dataset or --set dataset= name it" if name == "cifar10_jpeg" else ""
+        raise ValueError(f"{name} cannot be downloaded: put its packs into the data folder (docs/training.md){other}")
     if "val" in splits and hold_out < 1:
         raise ValueError(f"no val split with hold_out={hold_out}: it is made of held-out training images")
     folder = data_folder(data_dir)

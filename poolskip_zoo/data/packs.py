@@ -35,7 +35,7 @@ def data_file(folder: Path, name: str) -> Path:
         )
     path = folder / name
     if not path.is_file():
-        raise FileNotFoundError(f"{name} not found in data folder {folder} (looked for {path})")
+        raise FileNotFoundError(f"{name} not found in data folder {folder} (what it is: docs/training.md)")
     return path
 
 

@@ -69,7 +69,8 @@ logits = model(torch.rand(1, {shape}))  # (1, {classes})
 `timm.data.resolve_model_data_config(model)`. To ONNX, with any batch size:
 
 ```python
-program = torch.onnx.export(model, (torch.rand(2, {shape}),), dynamic_shapes=({{0: "batch"}},), dynamo=True)
+sizes = ({{0: torch.export.Dim.DYNAMIC}},)
+program = torch.onnx.export(model, (torch.rand(2, {shape}),), dynamic_shapes=sizes, dynamo=True)
 program.save("{name}.onnx")
 ```"""
 _BODY = """\
