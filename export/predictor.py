@@ -30,7 +30,8 @@ class Predictor:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file holds no metadata of the exporter, or the runtime is unknown.
+        ValueError: if the file holds no metadata of the exporter or takes several images at once alone, or the runtime
+            is unknown.
         ImportError: if the runtime is not installed.
     """
 
@@ -41,10 +42,12 @@ class Predictor:
         runtimes = ("openvino",) if path.endswith(".xml") else ("onnxruntime", "openvino")
         if runtime is not None and runtime not in runtimes:
             raise ValueError(f"runtime={runtime!r}: expected one of {', '.join(runtimes)} for {path}")
-        self._run, text = _load(path, (runtime,) if runtime else runtimes)
+        self._run, text, batch = _load(path, (runtime,) if runtime else runtimes)
         if not text:
             raise ValueError(f"{path} holds no metadata of poolskip-zoo's exporter")
         self.metadata = json.loads(text)
+        if batch != 1:
+            raise ValueError(f"{path} takes {batch} images at once alone: export it with the batch open, or with one")
         lacking = {"input_size", "mean", "std", "interpolation", "crop_pct"} - set(self.metadata)
         if lacking:
             raise ValueError(f"{path} does not say how images are prepared: {', '.join(sorted(lacking))} missing")
@@ -118,8 +121,8 @@ class Predictor:
         return np.asarray(mask)
 
 
-def _load(path: str, runtimes: tuple[str, ...]) -> tuple[Run, str | None]:
-    """A function from an array to output arrays, and the metadata's text."""
+def _load(path: str, runtimes: tuple[str, ...]) -> tuple[Run, str | None, int]:
+    """A function from an array to output arrays, the metadata's text, and the batch, 1 where it is open."""
     for runtime in runtimes:
         try:
             return _load_onnxruntime(path) if runtime == "onnxruntime" else _load_openvino(path)
@@ -128,15 +131,17 @@ def _load(path: str, runtimes: tuple[str, ...]) -> tuple[Run, str | None]:
     raise ImportError(f"{path} needs {' or '.join(runtimes)}: pip install {runtimes[0]}")
 
 
-def _load_onnxruntime(path: str) -> tuple[Run, str | None]:
+def _load_onnxruntime(path: str) -> tuple[Run, str | None, int]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda array: session.run(None, {name: array}), session.get_modelmeta().custom_metadata_map.get(_KEY)
+    image = session.get_inputs()[0]
+    batch = image.shape[0] if isinstance(image.shape[0], int) else 1
+    text = session.get_modelmeta().custom_metadata_map.get(_KEY)
+    return lambda array: session.run(None, {image.name: array}), text, batch
 
 
-def _load_openvino(path: str) -> tuple[Run, str | None]:
+def _load_openvino(path: str) -> tuple[Run, str | None, int]:
     import openvino
 
     core = openvino.Core()
@@ -146,7 +151,8 @@ def _load_openvino(path: str) -> tuple[Run, str | None]:
         text = _onnx_metadata(path)
     else:
         text = model.get_rt_info(_KEY).astype(str) if model.has_rt_info(_KEY) else None
-    return lambda array: list(compiled([array]).values()), text
+    batch = model.input(0).partial_shape[0]
+    return lambda array: list(compiled([array]).values()), text, batch.get_length() if batch.is_static else 1
 
 
 def _onnx_metadata(path: str) -> str | None:

@@ -90,22 +90,24 @@ def check_target(target: str, lowering: str | None = None, onnx: bool = True) ->
     return choice
 
 
-def check_suffix(path: str | Path, suffix: str) -> Path:
+def check_suffix(path: str | Path, *suffixes: str) -> Path:
     """Refuse a name that a format's readers would not know.
 
     Args:
-        path: file or folder to write.
-        suffix: the format's, with its dot.
+        path: file or, of Core ML, folder to write.
+        suffixes: the format's, with their dots.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: if the path ends otherwise.
+        ValueError: if the path ends otherwise, or a file's is that of a folder.
     """
     path = Path(path)
-    if path.suffix != suffix:
-        raise ValueError(f"path={str(path)!r}: expected a name that ends in {suffix}")
+    if path.suffix not in suffixes:
+        raise ValueError(f"path={str(path)!r}: expected a name that ends in {' or '.join(suffixes)}")
+    if path.is_dir() and path.suffix != ".mlpackage":
+        raise ValueError(f"path={str(path)!r} is a folder: expected a file")
     return path
 
 

@@ -141,7 +141,11 @@ def _export(lowered: GraphModule, args: tuple[Any, ...], dynamic: Sequence[str],
             verbose=False,
         )
     assert exported is not None
-    return exported.model_proto, made
+    proto = exported.model_proto
+    written = next(each.version for each in proto.opset_import if each.domain in ("", "ai.onnx"))
+    if written != opset:
+        raise ValueError(f"opset={opset}: with these releases of torch and onnxscript the file gets {written}")
+    return proto, made
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .inputs import check_dynamic, open_inputs, run_at, unguarded
 from .lower import as_args, lower_unpooling
-from .targets import check_mode
+from .targets import check_mode, check_suffix
 from .verify import KEY, check_outputs, first_line, judge, write_report
 
 __all__ = ["to_torchscript"]
@@ -33,7 +33,7 @@ def to_torchscript(
     Args:
         model: a module in evaluation mode, on the CPU.
         example: its positional arguments, a tensor or a tuple.
-        path: file to write.
+        path: file to write, `.pt`, `.pth`, `.ts`, `.jit` or `.torchscript`.
         method: `trace` or `script`.
         dynamic: axes of the inputs that must be open, as for `to_onnx`; a script leaves all open that the model's code
             does, a trace holds one path through it.
@@ -49,7 +49,7 @@ def to_torchscript(
     if method not in ("trace", "script"):
         raise ValueError(f"method={method!r}: expected 'trace' or 'script'")
     check_mode(model)
-    path, args = Path(path), as_args(example)
+    path, args = check_suffix(path, ".pt", ".pth", ".ts", ".jit", ".torchscript"), as_args(example)
     check_dynamic(args, dynamic)
     with torch.no_grad():
         inputs = _inputs(model, args, dynamic)

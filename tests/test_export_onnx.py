@@ -343,7 +343,9 @@ def test_a_wrong_model_leaves_no_file(tmp_path, monkeypatch):
     ("options", "says"),
     [
         ({"path": "net.pb"}, "ends in .onnx"),
+        ({"path": "folder.onnx"}, "folder.onnx' is a folder"),
         ({"opset": 17}, "opset=17: expected at least 18"),
+        ({"opset": 99}, r"opset=99: with these releases .* the file gets \d+"),
         ({"dynamic": ("height", "depth")}, "dynamic='depth': the inputs have batch, height, width"),
         ({"dynamic": "batch"}, "expected a tuple"),
         ({"target": "ncnn", "dynamic": ("batch",)}, "ncnn takes fixed sizes alone"),
@@ -351,9 +353,11 @@ def test_a_wrong_model_leaves_no_file(tmp_path, monkeypatch):
     ],
 )
 def test_options_are_checked(tmp_path, options, says):
+    (tmp_path / "folder.onnx").mkdir()
     path = tmp_path / options.pop("path", "net.onnx")
     with pytest.raises(ValueError, match=says):
         to_onnx(PairNet(2).eval(), torch.randn(1, 4, 9, 9), path, **options)
+    assert [each.name for each in tmp_path.iterdir()] == ["folder.onnx"]
 
 
 def test_ncnn_has_its_few_operators(tmp_path):

@@ -150,13 +150,20 @@ def test_files_that_are_none_of_ours(tmp_path):
 
     with pytest.raises(FileNotFoundError, match=r"no such model"):
         Predictor(tmp_path / "net.onnx")
-    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "net", value[:1], value[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    graph = model.graph
     onnx.save(model, tmp_path / "net.onnx")
     with pytest.raises(ValueError, match="holds no metadata"):
         Predictor(tmp_path / "net.onnx")
     helper.set_model_props(model, {"poolskip_zoo": json.dumps({"lowering": "keys"})})
+    onnx.save(model, tmp_path / "net.onnx")
+    for runtime in ("onnxruntime", "openvino"):
+        with pytest.raises(ValueError, match="takes 4 images at once alone"):
+            Predictor(tmp_path / "net.onnx", runtime)
+    for each in (*graph.input, *graph.output):
+        each.type.tensor_type.shape.dim[0].dim_value = 1
     onnx.save(model, tmp_path / "net.onnx")
     with pytest.raises(ValueError, match="how images are prepared: crop_pct, input_size"):
         Predictor(tmp_path / "net.onnx")

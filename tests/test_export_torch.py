@@ -90,6 +90,8 @@ def test_options_are_checked(tmp_path):
     model, x = SegNet().eval(), torch.randn(1, 3, 32, 32)
     with pytest.raises(ValueError, match="method='jit'"):
         to_torchscript(model, x, tmp_path / "net.pt", "jit")
+    with pytest.raises(ValueError, match=r"ends in \.pt or "):
+        to_torchscript(model, x, tmp_path / "net.onnx")
     with pytest.raises(ValueError, match=r"\.pt2"):
         to_exported_program(model, x, tmp_path / "net.pt")
     with pytest.raises(ValueError, match=r"model\.eval"):
