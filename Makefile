@@ -3,10 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 10) and \
+	"Python %d.%d is too old: 3.10 or later is needed, as in `make PYTHON=python3.12 demo`" % sys.version_info[:2])
 
 .PHONY: demo test lint tables wheel weights-wheel clean
 
+# A .venv whose Python is too old, or gone, would stay so: it is made anew.
 $(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c '$(NEW_ENOUGH)'
+	@$(BIN)/python -c '$(NEW_ENOUGH)' 2>/dev/null || rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
@@ -28,14 +33,16 @@ lint: $(VENV)/installed
 tables: $(VENV)/installed
 	$(BIN)/python docs/make_tables.py
 
+# By way of the sdist, which has none of what an earlier build left in build/.
 wheel: $(VENV)/installed
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build
 
 # hub_cards/ as the package poolskip_zoo_weights.
 weights-wheel: $(VENV)/installed
 	rm -rf build/weights && mkdir -p build/weights
 	cp -R hub_cards build/weights/poolskip_zoo_weights
 	mv build/weights/poolskip_zoo_weights/pyproject.toml build/weights/
+	cp LICENSE NOTICE build/weights/
 	$(BIN)/python -m build --wheel --outdir dist build/weights
 
 clean:

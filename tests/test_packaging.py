@@ -1,12 +1,17 @@
 """What is shipped, which way imports run, and what importing and creating cost."""
 
 import ast
+import re
+import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
+
+import poolskip_zoo
 
 ROOT = Path(__file__).resolve().parent.parent
 # Top-level folders that are installed as sub-packages.
@@ -45,13 +50,22 @@ def sources() -> list[tuple[str, Path]]:
     return [(package, file) for package, folder in folders().items() for file in sorted(folder.glob("*.py"))]
 
 
-@pytest.fixture(scope="module")
-def setuptools_table():
+def read_toml(path: Path) -> dict:
     if sys.version_info < (3, 11):
         pytest.skip("Python 3.10 has no tomllib")
     import tomllib
 
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    return tomllib.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def pyproject():
+    return read_toml(ROOT / "pyproject.toml")
+
+
+@pytest.fixture(scope="module")
+def setuptools_table(pyproject):
+    return pyproject["tool"]["setuptools"]
 
 
 def test_every_package_of_the_tree_is_installed(setuptools_table):
@@ -91,6 +105,109 @@ def test_weights_stay_within_their_budget():
         [*git, "cat-file", "--batch-check=%(objectsize)"], input=names, capture_output=True, check=True
     )
     assert 0 < sum(map(int, sizes.stdout.split())) <= 200e6
+
+
+def built(folder: Path, *kinds: str) -> Path:
+    """The last of the distributions that setuptools makes of a folder, `wheel` or `sdist` each."""
+    pytest.importorskip("setuptools", minversion="77")
+    for kind in kinds:
+        code = f"from setuptools import build_meta; print('made', build_meta.build_{kind}('.'))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "would be ignored" not in done.stderr
+        made = folder / re.findall(r"^made (.+)$", done.stdout, re.M)[-1]
+        if kind == "sdist":
+            shutil.unpack_archive(made, folder / "unpacked")
+            folder = next((folder / "unpacked").iterdir())
+    return made
+
+
+def contents(wheel: Path) -> set[str]:
+    """Names of a wheel's files, without the folder of its metadata but with the licences there."""
+    with zipfile.ZipFile(wheel) as opened:
+        names = [name for name in opened.namelist() if ".dist-info/" not in name or "/licenses/" in name]
+    return {name.rpartition("/licenses/")[2] for name in names}
+
+
+def test_the_wheel_of_the_sdist_has_the_packages_and_nothing_else(tmp_path, setuptools_table):
+    tree = tmp_path / "tree"
+    for name in ("poolskip_zoo", *BESIDE, "hub_cards", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, tree)
+    # What other programs leave behind: weights are another distribution, whatever an old egg-info says.
+    (tree / "hub_cards/resnet20_cifar.c10/model.safetensors").touch()
+    (tree / "poolskip_zoo/notes.txt").touch()
+    (tree / "poolskip_zoo.egg-info").mkdir()
+    (tree / "poolskip_zoo.egg-info/SOURCES.txt").write_text(
+        "hub_cards/resnet20_cifar.c10/model.safetensors\npoolskip_zoo/notes.txt\n"
+    )
+    expected = {"LICENSE", "NOTICE"}
+    for package, folder in {**folders(), "poolskip_zoo.hub_cards": ROOT / "hub_cards"}.items():
+        for pattern in ("*.py", *setuptools_table["package-data"].get(package, [])):
+            expected.update(f"{package.replace('.', '/')}/{f.relative_to(folder)}" for f in folder.glob(pattern))
+    assert contents(built(tree, "sdist", "wheel")) == expected
+
+
+def test_the_wheel_of_weights_has_the_checkpoints_and_nothing_else(tmp_path):
+    # As `make weights-wheel` lays it out.
+    package = tmp_path / "poolskip_zoo_weights"
+    shutil.copy(ROOT / "hub_cards/pyproject.toml", tmp_path)
+    files = {"README.md", "SHA256SUMS", "config.json", "golden.safetensors", "model.safetensors"}
+    for name in (*(f"x.c10/{file}" for file in files), "x.c10/model.safetensors.tmp", "__pycache__/x.pyc"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).touch()
+    (package / "__init__.py").touch()
+    for name in ("LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, tmp_path)
+    expected = {f"poolskip_zoo_weights/{name}" for name in ("__init__.py", *(f"x.c10/{file}" for file in files))}
+    assert contents(built(tmp_path, "wheel")) == {*expected, "LICENSE", "NOTICE"}
+
+
+# --- what it requires
+
+
+def bounds(requirements: list[str]) -> dict[str, str]:
+    """Name, in one spelling, to the lowest version."""
+    parts = (re.fullmatch(r"([\w.-]+)(?:>=([\w.]+))?", each) for each in requirements)
+    return {match[1].lower().replace("_", "-"): match[2] for match in parts if match}
+
+
+def test_the_lowest_versions_are_those_that_are_tested(pyproject):
+    project = pyproject["project"]
+    extras = [project["optional-dependencies"][name] for name in ("train", "export", "prune")]
+    lowest = bounds([*project["dependencies"], *(each for extra in extras for each in extra)])
+    pinned = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "tests/lowest.txt").read_text(), re.M)
+    tested = {name.lower().replace("_", "-"): version for name, version in pinned}
+    assert lowest.keys() == tested.keys() - {"torchvision"}  # torch's own, in step with it
+    for name, version in lowest.items():
+        assert tested[name] in (version, f"{version}.0"), name
+
+
+def test_dev_has_what_tests_import_or_skip(pyproject):
+    """Else they would skip wherever `make test` made the environment, and nobody would see it."""
+    extras = pyproject["project"]["optional-dependencies"]
+    known = bounds([*pyproject["project"]["dependencies"], *(r for e in extras.values() for r in e)])
+    assert extras["dev"][0] == "poolskip-zoo[prune,train,export]"
+    wanted = {
+        name.partition(".")[0].replace("_", "-")
+        for file in (ROOT / "tests").glob("*.py")
+        for name in re.findall(r'importorskip\("([\w.]+)"', file.read_text())
+    }
+    assert wanted - {"triton"} <= known.keys()  # which comes with torch where it runs
+
+
+def test_extras_that_errors_and_documents_name_exist(pyproject):
+    places = [file for _, file in sources()] + [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = [names for file in places for names in re.findall(r"poolskip-zoo\[([\w,]+)\]", file.read_text())]
+    assert len(named) > 10
+    extras = pyproject["project"]["optional-dependencies"]
+    assert {each for names in named for each in names.split(",")} <= extras.keys()
+
+
+def test_versions_agree(pyproject):
+    weights = read_toml(ROOT / "hub_cards/pyproject.toml")
+    assert pyproject["project"]["version"] == poolskip_zoo.__version__ == weights["project"]["version"]
 
 
 def test_it_is_typed(setuptools_table):
