@@ -226,13 +226,8 @@ class Segmenter:
             (torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.zeros(image.height, image.width).byte())
             for image in images
         ]
-        settings: dict[str, Any] = {
-            "image_size": self.image_size,
-            "mean": self.info.mean,
-            "std": self.info.std,
-            "batch_size": 1,
-        }
-        loader = SceneEvalLoader(Scenes(items, self.labels), **settings)
+        size, mean, std = self.image_size, self.info.mean, self.info.std
+        loader = SceneEvalLoader(Scenes(items, self.labels), image_size=size, mean=mean, std=std, batch_size=1)
         return [
             segment(self.model, batch, labels.shape[1:], self.window, self.overlap).argmax(1)[0].byte()
             for batch, labels in loader

@@ -184,7 +184,7 @@ def _unfold_shortcuts(model: nn.Module, example: Tensor) -> list[str]:
             kept = channels[pad]
             conv = nn.Conv2d(kept, kept + pad.extra_chs, 1, pad.stride, bias=False).to(example)
             conv.weight.copy_(_eye(conv))
-            _set(model, name, conv.requires_grad_(False))
+            model.set_submodule(name, conv.requires_grad_(False))
     return list(shortcuts)
 
 
@@ -193,13 +193,8 @@ def _fold_shortcuts(model: nn.Module, names: list[str]) -> None:
     for name in names:
         conv: Any = model.get_submodule(name).requires_grad_(False)  # torch-pruning makes new parameters
         if conv.out_channels >= conv.in_channels and torch.equal(conv.weight, _eye(conv)):
-            _set(model, name, PadShortcut(conv.in_channels, conv.out_channels, conv.stride[0]))
+            model.set_submodule(name, PadShortcut(conv.in_channels, conv.out_channels, conv.stride[0]))
 
 
 def _eye(conv: nn.Conv2d) -> Tensor:
     return torch.eye(conv.out_channels, conv.in_channels).to(conv.weight)[:, :, None, None]
-
-
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

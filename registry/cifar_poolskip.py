@@ -61,18 +61,10 @@ _VIT = _cfg("patch_embed.proj", "head", fixed_input_size=True)
 _VIT_64 = _cfg("patch_embed.proj", "head", "tiny_imagenet_jpeg", fixed_input_size=True)
 
 _BASES = {
-    "resnet20_cifar": _THREE_STAGES,
-    "resnet32_cifar": _THREE_STAGES,
-    "resnet38_cifar": _THREE_STAGES,
-    "resnet56_cifar": _THREE_STAGES,
-    "resnet110_cifar": _THREE_STAGES,
-    "test_resnet_cifar": _THREE_STAGES,
-    "resnet18_cifar": _FOUR_STAGES,
-    "resnet34_cifar": _FOUR_STAGES,
-    "resnet350_cifar": _FOUR_STAGES,
-    "resnet420_cifar": _FOUR_STAGES,
-    "vgg11_bn_cifar": _VGG,
-    "vgg16_bn_cifar": _VGG,
+    **dict.fromkeys(("resnet20_cifar", "resnet32_cifar", "resnet38_cifar", "resnet56_cifar"), _THREE_STAGES),
+    **dict.fromkeys(("resnet110_cifar", "test_resnet_cifar"), _THREE_STAGES),
+    **dict.fromkeys(("resnet18_cifar", "resnet34_cifar", "resnet350_cifar", "resnet420_cifar"), _FOUR_STAGES),
+    **dict.fromkeys(("vgg11_bn_cifar", "vgg16_bn_cifar"), _VGG),
     "vit_tiny_patch4_32": _VIT,
     "vit_tiny_patch8_64": _VIT_64,
 }
@@ -84,223 +76,198 @@ _UNTRAINED = {name: cfg for name, cfg in _ARCHS.items() if not any(c.arch == nam
 default_cfgs = generate_default_cfgs({**_TRAINED, **_UNTRAINED})
 
 
-def _three_stages(variant: str, pretrained: bool, **kwargs: Any) -> CifarResNet:
+def _three_stages(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args: Any) -> CifarResNet:
+    """Build by the variant's own arguments, as do the next three; the caller's `kwargs` win over them."""
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
     model_class = PoolSkipCifarResNet if variant.endswith(SUFFIX) else CifarResNet
-    return create(model_class, variant, pretrained, feature_cfg={"out_indices": out_indices}, **kwargs)
+    feature_cfg = {"out_indices": out_indices}
+    return create(model_class, variant, pretrained, feature_cfg=feature_cfg, **{**model_args, **kwargs})
 
 
-def _four_stages(variant: str, pretrained: bool, **kwargs: Any) -> SmallStemResNet:
+def _four_stages(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args: Any) -> SmallStemResNet:
     model_class = PoolSkipSmallStemResNet if variant.endswith(SUFFIX) else SmallStemResNet
-    return create(model_class, variant, pretrained, **kwargs)
+    return create(model_class, variant, pretrained, **{**model_args, **kwargs})
 
 
-def _vgg(variant: str, pretrained: bool, model_cfg: str, **kwargs: Any) -> CifarVGG:
+def _vgg(variant: str, pretrained: bool, kwargs: dict[str, Any], model_cfg: str) -> CifarVGG:
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3, 4, 5))
     model_class = PoolSkipCifarVGG if variant.endswith(SUFFIX) else CifarVGG
     feature_cfg = {"flatten_sequential": True, "out_indices": out_indices}
-    model_args = {"norm_layer": nn.BatchNorm2d, **kwargs}
-    return create(
-        model_class, variant, pretrained, model_cfg=vgg_cfgs[model_cfg], feature_cfg=feature_cfg, **model_args
-    )
+    own: dict[str, Any] = {"model_cfg": vgg_cfgs[model_cfg], "feature_cfg": feature_cfg}
+    return create(model_class, variant, pretrained, **own, **{"norm_layer": nn.BatchNorm2d, **kwargs})
 
 
-def _vit(variant: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
+def _vit(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args: Any) -> VisionTransformer:
     out_indices = kwargs.pop("out_indices", 3)
     model_class = PoolSkipVisionTransformer if variant.endswith(SUFFIX) else VisionTransformer
     feature_cfg = {"out_indices": out_indices, "feature_cls": "getter"}
-    return create(model_class, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    sizes = {"embed_dim": 192, "num_heads": 3, **model_args, **kwargs}
+    return create(model_class, variant, pretrained, feature_cfg=feature_cfg, **sizes)
 
 
 @register_model
 def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """He's ResNet-20 for 32×32 images."""
-    return _three_stages("resnet20_cifar", pretrained, **{"layers": (3, 3, 3), **kwargs})
+    return _three_stages("resnet20_cifar", pretrained, kwargs, layers=(3, 3, 3))
 
 
 @register_model
 def resnet20_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """He's ResNet-20 for 32×32 images with Pool Skip."""
-    return _three_stages("resnet20_cifar_poolskip", pretrained, **{"layers": (3, 3, 3), **kwargs})
+    return _three_stages("resnet20_cifar_poolskip", pretrained, kwargs, layers=(3, 3, 3))
 
 
 @register_model
 def resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """He's ResNet-32 for 32×32 images."""
-    return _three_stages("resnet32_cifar", pretrained, **{"layers": (5, 5, 5), **kwargs})
+    return _three_stages("resnet32_cifar", pretrained, kwargs, layers=(5, 5, 5))
 
 
 @register_model
 def resnet32_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """He's ResNet-32 for 32×32 images with Pool Skip."""
-    return _three_stages("resnet32_cifar_poolskip", pretrained, **{"layers": (5, 5, 5), **kwargs})
+    return _three_stages("resnet32_cifar_poolskip", pretrained, kwargs, layers=(5, 5, 5))
 
 
 @register_model
 def resnet38_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """He's ResNet-38 for 32×32 images."""
-    return _three_stages("resnet38_cifar", pretrained, **{"layers": (6, 6, 6), **kwargs})
+    return _three_stages("resnet38_cifar", pretrained, kwargs, layers=(6, 6, 6))
 
 
 @register_model
 def resnet38_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """He's ResNet-38 for 32×32 images with Pool Skip."""
-    return _three_stages("resnet38_cifar_poolskip", pretrained, **{"layers": (6, 6, 6), **kwargs})
+    return _three_stages("resnet38_cifar_poolskip", pretrained, kwargs, layers=(6, 6, 6))
 
 
 @register_model
 def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """He's ResNet-56 for 32×32 images."""
-    return _three_stages("resnet56_cifar", pretrained, **{"layers": (9, 9, 9), **kwargs})
+    return _three_stages("resnet56_cifar", pretrained, kwargs, layers=(9, 9, 9))
 
 
 @register_model
 def resnet56_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """He's ResNet-56 for 32×32 images with Pool Skip."""
-    return _three_stages("resnet56_cifar_poolskip", pretrained, **{"layers": (9, 9, 9), **kwargs})
+    return _three_stages("resnet56_cifar_poolskip", pretrained, kwargs, layers=(9, 9, 9))
 
 
 @register_model
 def resnet110_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """He's ResNet-110 for 32×32 images."""
-    return _three_stages("resnet110_cifar", pretrained, **{"layers": (18, 18, 18), **kwargs})
+    return _three_stages("resnet110_cifar", pretrained, kwargs, layers=(18, 18, 18))
 
 
 @register_model
 def resnet110_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """He's ResNet-110 for 32×32 images with Pool Skip."""
-    return _three_stages("resnet110_cifar_poolskip", pretrained, **{"layers": (18, 18, 18), **kwargs})
+    return _three_stages("resnet110_cifar_poolskip", pretrained, kwargs, layers=(18, 18, 18))
 
 
 @register_model
 def test_resnet_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """Tiny three-stage ResNet for tests."""
-    return _three_stages("test_resnet_cifar", pretrained, **{"layers": (1, 1, 1), "channels": (8, 16, 32), **kwargs})
+    return _three_stages("test_resnet_cifar", pretrained, kwargs, layers=(1, 1, 1), channels=(8, 16, 32))
 
 
 @register_model
 def test_resnet_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
     """Tiny three-stage ResNet for tests with Pool Skip."""
-    return _three_stages(
-        "test_resnet_cifar_poolskip", pretrained, **{"layers": (1, 1, 1), "channels": (8, 16, 32), **kwargs}
-    )
+    return _three_stages("test_resnet_cifar_poolskip", pretrained, kwargs, layers=(1, 1, 1), channels=(8, 16, 32))
 
 
 @register_model
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> SmallStemResNet:
     """ResNet-18 with a 3×3 stem, in the form of the reference code."""
-    return _four_stages("resnet18_cifar", pretrained, **{"block": BasicBlock, "layers": (2, 2, 2, 2), **kwargs})
+    return _four_stages("resnet18_cifar", pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2))
 
 
 @register_model
 def resnet18_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> SmallStemResNet:
     """ResNet-18 with a 3×3 stem, in the form of the reference code with Pool Skip."""
-    return _four_stages(
-        "resnet18_cifar_poolskip", pretrained, **{"block": BasicBlock, "layers": (2, 2, 2, 2), **kwargs}
-    )
+    return _four_stages("resnet18_cifar_poolskip", pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2))
 
 
 @register_model
 def resnet34_cifar(pretrained: bool = False, **kwargs: Any) -> SmallStemResNet:
     """ResNet-34 with a 3×3 stem, in the form of the reference code."""
-    return _four_stages("resnet34_cifar", pretrained, **{"block": BasicBlock, "layers": (3, 4, 6, 3), **kwargs})
+    return _four_stages("resnet34_cifar", pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3))
 
 
 @register_model
 def resnet34_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> SmallStemResNet:
     """ResNet-34 with a 3×3 stem, in the form of the reference code with Pool Skip."""
-    return _four_stages(
-        "resnet34_cifar_poolskip", pretrained, **{"block": BasicBlock, "layers": (3, 4, 6, 3), **kwargs}
-    )
+    return _four_stages("resnet34_cifar_poolskip", pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3))
 
 
 @register_model
 def resnet350_cifar(pretrained: bool = False, **kwargs: Any) -> SmallStemResNet:
     """ResNet-350 with a 3×3 stem, as in the paper."""
-    return _four_stages("resnet350_cifar", pretrained, **{"block": Bottleneck, "layers": (4, 36, 72, 4), **kwargs})
+    return _four_stages("resnet350_cifar", pretrained, kwargs, block=Bottleneck, layers=(4, 36, 72, 4))
 
 
 @register_model
 def resnet350_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> SmallStemResNet:
     """ResNet-350 with a 3×3 stem, as in the paper with Pool Skip."""
-    return _four_stages(
-        "resnet350_cifar_poolskip", pretrained, **{"block": Bottleneck, "layers": (4, 36, 72, 4), **kwargs}
-    )
+    return _four_stages("resnet350_cifar_poolskip", pretrained, kwargs, block=Bottleneck, layers=(4, 36, 72, 4))
 
 
 @register_model
 def resnet420_cifar(pretrained: bool = False, **kwargs: Any) -> SmallStemResNet:
     """ResNet-420 with a 3×3 stem, as in the paper (its 419 layers)."""
-    return _four_stages("resnet420_cifar", pretrained, **{"block": Bottleneck, "layers": (4, 44, 87, 4), **kwargs})
+    return _four_stages("resnet420_cifar", pretrained, kwargs, block=Bottleneck, layers=(4, 44, 87, 4))
 
 
 @register_model
 def resnet420_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> SmallStemResNet:
     """ResNet-420 with a 3×3 stem, as in the paper (its 419 layers) with Pool Skip."""
-    return _four_stages(
-        "resnet420_cifar_poolskip", pretrained, **{"block": Bottleneck, "layers": (4, 44, 87, 4), **kwargs}
-    )
+    return _four_stages("resnet420_cifar_poolskip", pretrained, kwargs, block=Bottleneck, layers=(4, 44, 87, 4))
 
 
 @register_model
 def vgg11_bn_cifar(pretrained: bool = False, **kwargs: Any) -> CifarVGG:
     """VGG-11 with BatchNorm and a linear head for 32×32 images."""
-    return _vgg("vgg11_bn_cifar", pretrained, "vgg11", **kwargs)
+    return _vgg("vgg11_bn_cifar", pretrained, kwargs, "vgg11")
 
 
 @register_model
 def vgg11_bn_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> CifarVGG:
     """VGG-11 with BatchNorm and a linear head for 32×32 images with Pool Skip."""
-    return _vgg("vgg11_bn_cifar_poolskip", pretrained, "vgg11", **kwargs)
+    return _vgg("vgg11_bn_cifar_poolskip", pretrained, kwargs, "vgg11")
 
 
 @register_model
 def vgg16_bn_cifar(pretrained: bool = False, **kwargs: Any) -> CifarVGG:
     """VGG-16 with BatchNorm and a linear head for 32×32 images."""
-    return _vgg("vgg16_bn_cifar", pretrained, "vgg16", **kwargs)
+    return _vgg("vgg16_bn_cifar", pretrained, kwargs, "vgg16")
 
 
 @register_model
 def vgg16_bn_cifar_poolskip(pretrained: bool = False, **kwargs: Any) -> CifarVGG:
     """VGG-16 with BatchNorm and a linear head for 32×32 images with Pool Skip."""
-    return _vgg("vgg16_bn_cifar_poolskip", pretrained, "vgg16", **kwargs)
+    return _vgg("vgg16_bn_cifar_poolskip", pretrained, kwargs, "vgg16")
 
 
 @register_model
 def vit_tiny_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """ViT-Tiny with 4×4 patches for 32×32 images."""
-    return _vit(
-        "vit_tiny_patch4_32",
-        pretrained,
-        **{"img_size": 32, "patch_size": 4, "embed_dim": 192, "num_heads": 3, **kwargs},
-    )
+    return _vit("vit_tiny_patch4_32", pretrained, kwargs, img_size=32, patch_size=4)
 
 
 @register_model
 def vit_tiny_patch4_32_poolskip(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """ViT-Tiny with 4×4 patches for 32×32 images with Pool Skip."""
-    return _vit(
-        "vit_tiny_patch4_32_poolskip",
-        pretrained,
-        **{"img_size": 32, "patch_size": 4, "embed_dim": 192, "num_heads": 3, **kwargs},
-    )
+    return _vit("vit_tiny_patch4_32_poolskip", pretrained, kwargs, img_size=32, patch_size=4)
 
 
 @register_model
 def vit_tiny_patch8_64(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """ViT-Tiny with 8×8 patches for 64×64 images."""
-    return _vit(
-        "vit_tiny_patch8_64",
-        pretrained,
-        **{"img_size": 64, "patch_size": 8, "embed_dim": 192, "num_heads": 3, **kwargs},
-    )
+    return _vit("vit_tiny_patch8_64", pretrained, kwargs, img_size=64, patch_size=8)
 
 
 @register_model
 def vit_tiny_patch8_64_poolskip(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """ViT-Tiny with 8×8 patches for 64×64 images with Pool Skip."""
-    return _vit(
-        "vit_tiny_patch8_64_poolskip",
-        pretrained,
-        **{"img_size": 64, "patch_size": 8, "embed_dim": 192, "num_heads": 3, **kwargs},
-    )
+    return _vit("vit_tiny_patch8_64_poolskip", pretrained, kwargs, img_size=64, patch_size=8)

@@ -72,16 +72,11 @@ def local_weights(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | No
             the ways out.
     """
     folder = local_folder(checkpoint)
-    if folder is not None:
-        path = folder / _FILENAME
-        actual = sha256_of(path)
-        if actual != checkpoint.sha256:
-            raise RuntimeError(f"{_not_recorded(path, checkpoint, actual)}. Put the right file there, or remove it")
-        return path
-    path = _from_hub(checkpoint, cache_dir)
+    path = folder / _FILENAME if folder else _from_hub(checkpoint, cache_dir)
     actual = sha256_of(path)
     if actual != checkpoint.sha256:
-        raise RuntimeError(f"{_not_recorded(path, checkpoint, actual)}. {_set_aside(path)}")
+        told = _not_recorded(path, checkpoint, actual)  # before the file has another name
+        raise RuntimeError(f"{told}. {'Put the right file there, or remove it' if folder else _set_aside(path)}")
     return path
 
 

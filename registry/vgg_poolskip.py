@@ -10,16 +10,7 @@ from ..models.vgg import PoolSkipVGG
 from .build import create
 from .checkpoint import pool_skip_cfgs
 
-_BASES = (
-    "vgg11",
-    "vgg11_bn",
-    "vgg13",
-    "vgg13_bn",
-    "vgg16",
-    "vgg16_bn",
-    "vgg19",
-    "vgg19_bn",
-)
+_BASES = ("vgg11", "vgg11_bn", "vgg13", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19", "vgg19_bn")
 
 # timm has no tiny VGG to take the arguments of.
 _CFGS: dict[str, list[int | str]] = {**cfgs, "test": [8, "M", 16, "M", 16, "M", 24, "M", 24, "M"]}

@@ -93,6 +93,16 @@ class Subject:
     dataset: str | None
     recipe: Any = None
 
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the model was trained on."""
+        from ..data import DATASETS
+
+        if not self.recipe:
+            return tuple(self.model.pretrained_cfg["input_size"])
+        size = self.recipe.image_size or DATASETS[self.recipe.dataset].image_size
+        return 3, size, size
+
 
 def load(name: str) -> Subject:
     """Make a model by its name or from its files.

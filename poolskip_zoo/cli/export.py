@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any
 
 HELP = "export a model to ONNX, OpenVINO, TorchScript, LiteRT, ExecuTorch, …, checked in the runtime"
-_SUFFIXES = {
-    "onnx": ".onnx",
-    "openvino": ".xml",
-    "torchscript": ".pt",
-    "pt2": ".pt2",
-    "coreml": ".mlpackage",
-    "litert": ".tflite",
-    "executorch": ".pte",
-    "ncnn": ".param",
+# Format to the suffix of its files, its writer in `export`, and the options that it takes.
+_FORMATS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "onnx": (".onnx", "to_onnx", ("target", "lowering", "half", "dynamic", "opset")),
+    "openvino": (".xml", "to_openvino", ("lowering", "half", "dynamic")),
+    "torchscript": (".pt", "to_torchscript", ("dynamic",)),
+    "pt2": (".pt2", "to_exported_program", ("lowering", "dynamic")),
+    "coreml": (".mlpackage", "to_coreml", ("lowering", "dynamic")),
+    "litert": (".tflite", "to_litert", ("lowering", "dynamic")),
+    "executorch": (".pte", "to_executorch", ("lowering", "dynamic")),
+    "ncnn": (".param", "to_ncnn", ("dynamic",)),
 }
 
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME_OR_DIR", help="any timm model or checkpoint of ours, or its folder")
     parser.add_argument("--target", help="runtime: onnxruntime (default), openvino, web, litert, executorch, coreml, …")
     parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: the name in this folder)")
-    parser.add_argument("--format", choices=_SUFFIXES, help="default: by the suffix of --output, else the target's")
+    parser.add_argument("--format", choices=_FORMATS, help="default: by the suffix of --output, else the target's")
     parser.add_argument(
         "--dynamic",
         nargs="*",
@@ -63,22 +64,25 @@ def run(args: argparse.Namespace) -> int:
     """
     import torch
 
+    from .. import export
+
     for option, numbers in (("--batch", [args.batch]), ("--size", args.size or [])):
         if any(number < 1 for number in numbers):
             raise ValueError(f"{option} {' '.join(map(str, numbers))} must be at least 1")
-    by_suffix = {suffix: key for key, suffix in _SUFFIXES.items()}.get((args.output or Path()).suffix)
+    by_suffix = {suffix: key for key, (suffix, *_) in _FORMATS.items()}.get((args.output or Path()).suffix)
     own = args.target if args.target in ("coreml", "litert", "executorch") else None
     kind = args.format or by_suffix or own or "onnx"
-    path = args.output or Path(Path(args.name).name + _SUFFIXES[kind])
+    suffix, writer, known = _FORMATS[kind]
+    path = args.output or Path(Path(args.name).name + suffix)
     if args.dynamic is not None:
         args.dynamic = tuple(args.dynamic)
-    options = _options(args, kind)
+    options = _options(args, kind, known)
     model = _model(args.name, args.pretrained)
     metadata = _metadata(model)
     channels, *size = metadata["input_size"]
     example = torch.randn(args.batch, channels, *(args.size or size), generator=torch.Generator().manual_seed(0))
     metadata["input_size"] = list(example.shape[1:])
-    report = _writer(kind)(model, example, path, metadata=metadata, **options)
+    report = getattr(export, writer)(model, example, path, metadata=metadata, **options)
     found = report["outputs"]
     files = [each for each in (path, *path.rglob("*")) if each.is_file()]
     checked = f", checked in {report['checked_in']}" if "checked_in" in report else ""
@@ -96,17 +100,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _options(args: argparse.Namespace, kind: str) -> dict[str, Any]:
+def _options(args: argparse.Namespace, kind: str, known: tuple[str, ...]) -> dict[str, Any]:
     """Keywords of the writer; options that the format does not have are refused."""
     given = {"target": args.target, "lowering": args.lowering, "half": args.half or None, "dynamic": args.dynamic}
     given["opset"] = None if args.opset == 18 else args.opset
-    known = {
-        "onnx": ("target", "lowering", "half", "dynamic", "opset"),
-        "openvino": ("lowering", "half", "dynamic"),
-        "torchscript": ("dynamic",),
-        "pt2": ("lowering", "dynamic"),
-        "ncnn": ("dynamic",),
-    }.get(kind, ("lowering", "dynamic"))
     options = {key: value for key, value in given.items() if value is not None}
     if options.get("target") == kind:
         options.pop("target")
@@ -114,21 +111,6 @@ def _options(args: argparse.Namespace, kind: str) -> dict[str, Any]:
         if key not in known:
             raise ValueError(f"--{key}: the format {kind} takes {', '.join(known)}")
     return options
-
-
-def _writer(kind: str) -> Any:
-    from .. import export
-
-    return {
-        "onnx": export.to_onnx,
-        "openvino": export.to_openvino,
-        "torchscript": export.to_torchscript,
-        "pt2": export.to_exported_program,
-        "coreml": export.to_coreml,
-        "litert": export.to_litert,
-        "executorch": export.to_executorch,
-        "ncnn": export.to_ncnn,
-    }[kind]
 
 
 def _model(name: str, pretrained: bool) -> Any:

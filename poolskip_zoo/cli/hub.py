@@ -26,18 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add.add_argument("--cards", type=Path, help="folder of checkpoints (default: hub_cards/ of the checkout)")
 
-    card = _action(actions, "card", "write README.md, config.json and SHA256SUMS again from the record")
-    _add_names(card)
-
-    verify = _action(actions, "verify", "compare files with their hashes, and a golden output")
-    _add_names(verify)
-
-    pull = _action(actions, "pull", "copy verified checkpoints into a folder, for POOLSKIP_HUB_DIR")
-    _add_names(pull)
+    _named(actions, "card", "write README.md, config.json and SHA256SUMS again from the record")
+    _named(actions, "verify", "compare files with their hashes, and a golden output")
+    pull = _named(actions, "pull", "copy verified checkpoints into a folder, for POOLSKIP_HUB_DIR")
     pull.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder; made if missing")
-
-    publish = _action(actions, "publish", "upload checkpoints to the Hugging Face Hub")
-    _add_names(publish)
+    publish = _named(actions, "publish", "upload checkpoints to the Hugging Face Hub")
     publish.add_argument("--org", help="organisation or user on the Hub (default: the records')")
     publish.add_argument("--private", action="store_true", help="make new repositories private")
     publish.add_argument("--dry-run", action="store_true", help="only say what would be done")
@@ -63,9 +56,11 @@ def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
     return actions.add_parser(name, help=text, description=text)
 
 
-def _add_names(parser: argparse.ArgumentParser) -> None:
+def _named(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser = _action(actions, name, text)
     parser.add_argument("names", nargs="*", metavar="NAME", help="checkpoints, such as resnet20_cifar_poolskip.c10")
     parser.add_argument("--all", action="store_true", help="all checkpoints")
+    return parser
 
 
 def _records(args: argparse.Namespace) -> list[Any]:

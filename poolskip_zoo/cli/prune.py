@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     subject.dataset = args.dataset or subject.dataset
     if subject.recipe and subject.recipe.segments:
         raise ValueError(f"{args.name} segments: only classifiers are pruned")
-    size = _input_size(subject)
+    size = subject.input_size
     images, test = _images(args, subject)
     model, what = prune_inert(subject.model, torch.zeros(1, *size), images)
     pair = {"before": subject.model.eval(), "after": model}
@@ -77,15 +77,6 @@ def run(args: argparse.Namespace) -> int:
     _write(model, size, path, facts)
     print(json.dumps(facts) if args.json else _told(args.name, facts))
     return 0
-
-
-def _input_size(subject: Any) -> tuple[int, int, int]:
-    from ..data import DATASETS
-
-    if subject.recipe:
-        size = subject.recipe.image_size or DATASETS[subject.recipe.dataset].image_size
-        return 3, size, size
-    return tuple(subject.model.pretrained_cfg["input_size"])
 
 
 def _images(args: argparse.Namespace, subject: Any) -> tuple[Any, Any]:

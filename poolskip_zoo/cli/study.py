@@ -112,20 +112,14 @@ def _measure(recipe: Any, args: argparse.Namespace) -> tuple[Any, list[Any]]:
     diagnosis = json.loads(path.read_text()) if path.exists() else {}
     if diagnosis.get("images") != min(args.images, recipe.hold_out):
         subject = load_file(recipe.name, folder / "model.safetensors")
-        size = subject.recipe.image_size or _image_size(recipe.dataset)
-        diagnosis = {"macs": count_macs(subject.model, (3, size, size)), **_diagnose(subject, args)}
+        diagnosis = {"macs": count_macs(subject.model, subject.input_size), **_diagnose(subject, args)}
         write_json(path, diagnosis)
     metrics = json.loads((folder / "metrics.json").read_text())
     net, arm = arm_of(recipe.name)
     base, skip = (diagnosis["summary"].get(kind) or {} for kind in ("base", "pool_skip"))
     known = [layer["l2_l1"] for layer in diagnosis["layers"] if layer["kind"] == "base" and layer["l2_l1"] is not None]
-    setting: dict[str, Any] = {
-        "net": net,
-        "arm": arm,
-        "lr": recipe.lr,
-        "weight_decay": recipe.weight_decay,
-        "seed": recipe.seed,
-    }
+    setting: dict[str, Any] = {key: getattr(recipe, key) for key in ("lr", "weight_decay", "seed")}
+    setting |= {"net": net, "arm": arm}
     layers = [
         LayerRow(
             **setting,
@@ -151,12 +145,6 @@ def _measure(recipe: Any, args: argparse.Namespace) -> tuple[Any, list[Any]]:
         hardware=metrics["hardware"],
     )
     return line, layers
-
-
-def _image_size(dataset: str) -> int:
-    from ..data import DATASETS
-
-    return DATASETS[dataset].image_size
 
 
 def _diagnose(subject: Any, args: argparse.Namespace) -> dict[str, Any]:

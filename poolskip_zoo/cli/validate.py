@@ -88,6 +88,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from timm.models import is_model_pretrained
 
     from ..data import DATASETS, EvalLoader, load_split
+    from ..registry.checkpoint import find
     from ..training.build import is_known
     from ..training.evaluate import evaluate
 
@@ -100,7 +101,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"unknown model {args.name!r}: `poolskip list` shows the names")
     if not args.checkpoint and not is_model_pretrained(args.name):
         raise ValueError(f"{args.name} has no weights: give --checkpoint, or a name of `poolskip list --pretrained`")
-    dataset = args.dataset or (recipe.dataset if recipe else _dataset(args.name))
+    known: Any = recipe or find(args.name)
+    if not (args.dataset or known):
+        raise ValueError(f"it is not known what {args.name!r} was trained on: give --dataset")
+    dataset = args.dataset or known.dataset
     if dataset not in DATASETS:
         raise ValueError(f"unknown dataset {dataset!r}: one of {', '.join(DATASETS)}")
     info = DATASETS[dataset]
@@ -244,16 +248,6 @@ def _sha256(args: argparse.Namespace) -> str | None:
         return sha256_of(Path(args.checkpoint))
     record = find(args.name)
     return record.sha256 if record else None
-
-
-def _dataset(name: str) -> str:
-    """Return the name of the data set that a checkpoint was trained on."""
-    from ..registry.checkpoint import find
-
-    record = find(name)
-    if record is None:
-        raise ValueError(f"it is not known what {name!r} was trained on: give --dataset")
-    return record.dataset
 
 
 def _model(args: argparse.Namespace, recipe: Any, num_classes: int) -> Any:

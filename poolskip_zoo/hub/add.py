@@ -1,5 +1,6 @@
 """From a finished training run to a checkpoint's folder and record."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -118,34 +119,15 @@ def record_source(record: Checkpoint) -> str:
     Returns:
         Python, as the formatter leaves it, for the `CHECKPOINTS` of a family's file.
     """
-    metrics, base_scores = (
-        "{" + ", ".join(f'"{key}": {value!r}' for key, value in scores.items()) + "}"
-        for scores in (record.metrics, record.base_scores)
-    )
-    values = {
-        "name": _quoted(record.name),
-        "dataset": _quoted(record.dataset),
-        "sha256": _quoted(record.sha256),
-        "metrics": metrics,
-        "recipe": _quoted(record.recipe),
-        "seed": str(record.seed),
-        "hardware": _quoted(record.hardware),
-        "hours": repr(record.hours),
-        "images_per_second": repr(record.images_per_second),
-        "torch": _quoted(record.torch) if record.torch else None,
-    }
-    arguments = ", ".join(f"{_quoted(key)}: {value!r}".replace("'", '"') for key, value in record.model_args.items())
-    values["base_scores"] = base_scores if record.base_scores else None
-    values["model_args"] = f"{{{arguments}}}" if record.model_args else None
-    if isinstance(record, SegmentationCheckpoint):
-        values |= {"model": _quoted(record.model), "model_args": f"{{{arguments}}}"}
-        values |= {"image_size": repr(record.image_size), "class_iou": repr(record.class_iou)}
-    lines = "".join(f"        {key}={value},\n" for key, value in values.items() if value is not None)
+    lines = ""
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if value != default:
+            # The formatter wants double quotes.
+            text = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value).replace("'", '"')
+            lines += f"        {field.name}={text},\n"
     return f"    {type(record).__name__}(\n{lines}    ),"
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _check_weights(path: Path) -> None:
