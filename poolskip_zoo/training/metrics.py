@@ -97,15 +97,17 @@ def draw_curves(path: Path, history: list[Row], title: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise RuntimeError("curves need matplotlib: pip install 'poolskip-zoo[train]'") from error
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    panels = (
+    panels = [
         ("loss", ("train_loss", "val_loss"), "cross entropy"),
         ("scores", ("val_top1", "val_top5", "val_miou", "val_pixel_accuracy"), "on held-out images, %"),
         ("learning rate", ("lr",), "at the end of the epoch"),
-    )
-    for axes, (name, keys, label) in zip(figure.subplots(1, 3), panels, strict=True):
+    ]
+    # No scores where nothing is held out.
+    panels = [each for each in panels if any(row.get(key) is not None for row in history for key in each[1])]
+    figure = Figure(figsize=(3.7 * len(panels), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    for axes, (name, keys, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.set(title=name, xlabel="epoch", ylabel=label)
         for key in keys:
             points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
