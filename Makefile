@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 	$(BIN)/poolskip demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # mypy sees the packages where the wheel puts them: registry/ is poolskip_zoo.registry there.
 lint: $(VENV)/installed

@@ -30,7 +30,7 @@ def written(tmp_path_factory):
     """Files of each kind, their models, and the reports."""
     folder = tmp_path_factory.mktemp("written")
     files = {}
-    for name in ("test_resnet_poolskip", "segnet"):
+    for name in ("test_resnet_cifar_poolskip", "segnet"):
         model = SegNet().eval() if name == "segnet" else enliven(timm.create_model(name)).eval()
         x = torch.randn(1, 3, 64, 64)
         options = {"dynamic": OPEN, "metadata": {"class_names": ["a"]}}

@@ -97,7 +97,11 @@ def family(tmp_path_factory):
         sys.modules.pop(f"poolskip_zoo.{file.removesuffix('.py').replace('/', '.')}")
 
 
-@pytest.mark.parametrize("check", CHECKS)
+# The longest two take 15 s: pytest -m slow tests/test_new_family.py
+SLOW = ("compile", "onnx")
+
+
+@pytest.mark.parametrize("check", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CHECKS])
 def test_contract(check):
     assert CHECKS[check](NAME) is not False
 
