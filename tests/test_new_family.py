@@ -97,8 +97,8 @@ def family(tmp_path_factory):
         sys.modules.pop(f"poolskip_zoo.{file.removesuffix('.py').replace('/', '.')}")
 
 
-# The longest two take 15 s: pytest -m slow tests/test_new_family.py
-SLOW = ("compile", "onnx")
+# The longest three take 25 s: pytest -m slow tests/test_new_family.py
+SLOW = ("compile", "export", "onnx")
 
 
 @pytest.mark.parametrize("check", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CHECKS])
