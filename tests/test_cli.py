@@ -89,7 +89,7 @@ def test_demo_draws_exports_and_compares(tmp_path, capsys):
         (["export", "test_resnet_poolskip", "--no-pretrained", "--batch", "0", "--dynamic"], "--batch 0 must be"),
         (["export", "test_resnet_poolskip", "--no-pretrained", "--size", "64", "0"], "--size 64 0 must be"),
         (["prune", "test_resnet", "--dataset", "cifar11"], "unknown dataset 'cifar11': one of cifar10,"),
-        (["train-many", "c10", "--part-size", "16"], "--part-size '16' is no number with KB, MB"),
+        (["train-many", "c10", "--part-size", "16"], "part_size '16' is no number with KB, MB"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, said, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 
 HELP = "train a list of recipes and seeds within a time limit"
 
@@ -53,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
     from .validate import measure_run
 
     share = _share(args.share)
-    _check_size(args.part_size)
     outcomes = train_list(
         args.list,
         args.data_dir,
@@ -78,9 +76,3 @@ def _share(text: str) -> tuple[int, int]:
     if not part.isdecimal() or not parts.isdecimal():
         raise ValueError(f"--share {text!r} is not of the form I/N, such as 1/2")
     return int(part), int(parts)
-
-
-def _check_size(text: str) -> None:
-    """Refuse a size before the hours of training that it would end."""
-    if text and not re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", text, re.IGNORECASE):
-        raise ValueError(f"--part-size {text!r} is no number with KB, MB, GB or TB, such as 16MB")

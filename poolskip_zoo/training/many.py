@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -217,10 +218,12 @@ def train_many(
         The outcomes, in order.
 
     Raises:
-        ValueError: If ``limit_seconds`` is negative.
+        ValueError: If ``limit_seconds`` is negative or ``part_size`` no size.
     """
     if limit_seconds < 0:
         raise ValueError(f"limit_seconds={limit_seconds} must be at least 0")
+    if part_size and not re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", part_size, re.IGNORECASE):
+        raise ValueError(f"part_size {part_size!r} is no number with KB, MB, GB or TB, such as 16MB")
     recipes, end = list(recipes), time.monotonic() + limit_seconds
     outcomes = [Outcome(recipe, "waiting") for recipe in recipes]
     main = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the one that writes
