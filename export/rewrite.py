@@ -10,7 +10,7 @@ import torch
 
 from . import verify
 from .rewrite_inputs import check_size, made_up, open_axes
-from .targets import Target, check_suffix, check_target
+from .targets import Target, check_output, check_target
 from .verify import KEY, write_report
 
 __all__ = ["rewrite_onnx"]
@@ -55,7 +55,7 @@ def rewrite_onnx(
         RuntimeError: if a check fails; then there is no file.
         ImportError: if onnx, onnxscript or the runtime is missing; it names the extra to install.
     """
-    source, path, choice = Path(source), check_suffix(path, ".onnx"), check_target(target, lowering)
+    source, path, choice = Path(source), check_output(path, ".onnx"), check_target(target, lowering)
     try:
         file = _File(source, size, example)
         blocks = file.rewrite(choice, lowering)

@@ -1,6 +1,7 @@
 """What each target runtime is given."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from torch import nn
 
 from ..layers import unpool
 
-__all__ = ["LOWERINGS", "TARGETS", "Target", "check_drop_in", "check_mode", "check_suffix", "check_target"]
+__all__ = ["LOWERINGS", "TARGETS", "Target", "check_drop_in", "check_mode", "check_output", "check_target"]
 
 # keys: a mask of ordinary operators. native: MaxPool with indices and MaxUnpool (ONNX alone). scatter: an index tensor.
 # arith: the keys without comparisons.
@@ -90,8 +91,8 @@ def check_target(target: str, lowering: str | None = None, onnx: bool = True) ->
     return choice
 
 
-def check_suffix(path: str | Path, *suffixes: str) -> Path:
-    """Refuse a name that a format's readers would not know.
+def check_output(path: str | Path, *suffixes: str) -> Path:
+    """Refuse, before the work, a path that cannot be written or a name that a format's readers would not know.
 
     Args:
         path: file or, of Core ML, folder to write.
@@ -101,13 +102,17 @@ def check_suffix(path: str | Path, *suffixes: str) -> Path:
         The path.
 
     Raises:
-        ValueError: if the path ends otherwise, or a file's is that of a folder.
+        ValueError: if the path ends otherwise, a file's is that of a folder, or its own folder cannot be written.
     """
     path = Path(path)
     if path.suffix not in suffixes:
         raise ValueError(f"path={str(path)!r}: expected a name that ends in {' or '.join(suffixes)}")
     if path.is_dir() and path.suffix != ".mlpackage":
         raise ValueError(f"path={str(path)!r} is a folder: expected a file")
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        why = "cannot be written" if folder.is_dir() else "is a file"
+        raise ValueError(f"path={str(path)!r}: {folder} {why}")
     return path
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from .converted import Lowered, check_forms, lower_for, of_maps
 from .inputs import axes_of, unguarded
-from .targets import check_suffix
+from .targets import check_output
 from .verify import KEY, Run, check_outputs, first_line, judge, write_report
 
 __all__ = ["to_coreml"]
@@ -54,7 +54,7 @@ def to_coreml(
     """
     from poolskip_zoo import __version__
 
-    path = check_suffix(path, ".mlpackage")
+    path = check_output(path, ".mlpackage")
     lowered = lower_for(model, example, "coreml", lowering, dynamic)
     try:
         import coremltools

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .converted import Lowered, write_converted
-from .targets import check_suffix
+from .targets import check_output
 from .verify import Run
 
 __all__ = ["to_executorch"]
@@ -45,7 +45,7 @@ def to_executorch(
         RuntimeError: if a check fails; then there is no file.
         ImportError: if executorch is missing.
     """
-    path = check_suffix(path, ".pte")
+    path = check_output(path, ".pte")
     return write_converted(model, example, path, "executorch", _make, lowering, dynamic, metadata)
 
 

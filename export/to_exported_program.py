@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .inputs import capture_open, check_dynamic, shapes_of
 from .lower import as_args, blocks_of, lower_unpooling
-from .targets import check_suffix
+from .targets import check_output
 from .verify import KEY, check_outputs, judge, write_report
 
 __all__ = ["to_exported_program"]
@@ -44,7 +44,7 @@ def to_exported_program(
         ValueError: if an option is unknown, an unpooling cannot be lowered, or the model cannot have the open axes.
         RuntimeError: if the check fails; then there is no file.
     """
-    path, args = check_suffix(path, ".pt2"), as_args(example)
+    path, args = check_output(path, ".pt2"), as_args(example)
     check_dynamic(args, dynamic)
     inputs, captured = capture_open(model, args, dynamic)
     lowered = lower_unpooling(captured, lowering=lowering)

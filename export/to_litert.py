@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .converted import Lowered, write_converted
-from .targets import check_suffix
+from .targets import check_output
 from .verify import Run
 
 __all__ = ["to_litert"]
@@ -40,7 +40,7 @@ def to_litert(
         RuntimeError: if a check fails; then there is no file.
         ImportError: if litert-torch is missing.
     """
-    path = check_suffix(path, ".tflite")
+    path = check_output(path, ".tflite")
     return write_converted(model, example, path, "litert", _make, lowering, dynamic, metadata)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .converted import check_fixed, check_forms, unpooled_shapes, with_random
 from .lower import as_args, capture
-from .targets import check_suffix
+from .targets import check_output
 from .to_onnx import to_onnx
 from .verify import Run, check_outputs, judge, write_report
 
@@ -46,7 +46,7 @@ def to_ncnn(
         RuntimeError: if the conversion or a check fails; then there is no file.
         ImportError: if ncnn, pnnx or a library of the ONNX export is missing.
     """
-    path, args = check_suffix(path, ".param"), as_args(example)
+    path, args = check_output(path, ".param"), as_args(example)
     check_fixed("ncnn", dynamic)
     batches = {each.shape[0] for each in args if isinstance(each, Tensor)}
     if batches != {1}:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from . import verify
 from .inputs import axes_of, capture_open, check_dynamic, shapes_of, unguarded
 from .lower import as_args, blocks_of, lower_program
-from .targets import check_drop_in, check_suffix, check_target
+from .targets import check_drop_in, check_output, check_target
 from .verify import KEY, write_report
 
 __all__ = ["to_onnx"]
@@ -63,7 +63,7 @@ def to_onnx(
         RuntimeError: if a check fails; then there is no file.
         ImportError: if onnx, onnxscript or the runtime is missing; it names the extra to install.
     """
-    path, args = check_suffix(path, ".onnx"), as_args(example)
+    path, args = check_output(path, ".onnx"), as_args(example)
     choice = check_target(target, lowering)
     if opset < 18:
         raise ValueError(f"opset={opset}: expected at least 18")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .inputs import random_like
 from .lower import as_args
-from .targets import check_suffix
+from .targets import check_output
 from .to_onnx import to_onnx
 from .verify import KEY, check_outputs, judge, runner, write_report
 
@@ -49,7 +49,7 @@ def to_openvino(
         RuntimeError: if a check fails; then there is no file.
         ImportError: if openvino is missing; it names the extra to install.
     """
-    path = check_suffix(path, ".xml")
+    path = check_output(path, ".xml")
     try:
         import openvino
     except ImportError as error:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .inputs import check_dynamic, open_inputs, run_at, unguarded
 from .lower import as_args, lower_unpooling
-from .targets import check_mode, check_suffix
+from .targets import check_mode, check_output
 from .verify import KEY, check_outputs, first_line, judge, write_report
 
 __all__ = ["to_torchscript"]
@@ -49,7 +49,7 @@ def to_torchscript(
     if method not in ("trace", "script"):
         raise ValueError(f"method={method!r}: expected 'trace' or 'script'")
     check_mode(model)
-    path, args = check_suffix(path, ".pt", ".pth", ".ts", ".jit", ".torchscript"), as_args(example)
+    path, args = check_output(path, ".pt", ".pth", ".ts", ".jit", ".torchscript"), as_args(example)
     check_dynamic(args, dynamic)
     with torch.no_grad():
         inputs = _inputs(model, args, dynamic)

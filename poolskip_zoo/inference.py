@@ -204,7 +204,8 @@ class Segmenter:
         record = find(name)
         if not isinstance(record, SegmentationCheckpoint):
             raise ValueError(f"{name} is no segmentation checkpoint; `poolskip list --pretrained` prints what there is")
-        return cls(load_weights(build_recorded(record), local_weights(record)), record.dataset, record.image_size)
+        model = load_weights(build_recorded(record), local_weights(record))
+        return cls(model, record.dataset, record.image_size, record.window, record.overlap)
 
     @torch.inference_mode()
     def __call__(self, images: Sequence["Image"]) -> list[Tensor]:

@@ -157,12 +157,16 @@ class SegmentationCheckpoint(Checkpoint):
         model: name of smp's architecture.
         model_args: keywords of `smp.create_model`.
         image_size: shorter side in pixels that images are resized to; 0 leaves them as they are.
+        window: height and width of evaluation's sliding window, empty for whole images.
+        overlap: share of a window that its neighbours cover too.
         class_iou: intersection over union on the test set, in percent, by label; None for a class that is not in it.
     """
 
     model: str
     model_args: dict[str, Any]
     image_size: int
+    window: tuple[int, ...] = ()
+    overlap: float = 0.5
     class_iou: tuple[float | None, ...]
 
 

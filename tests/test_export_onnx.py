@@ -345,6 +345,7 @@ def test_a_wrong_model_leaves_no_file(tmp_path, monkeypatch):
     [
         ({"path": "net.pb"}, "ends in .onnx"),
         ({"path": "folder.onnx"}, "folder.onnx' is a folder"),
+        ({"path": "a_file/new/net.onnx"}, "net.onnx': .*a_file is a file"),
         ({"opset": 17}, "opset=17: expected at least 18"),
         ({"opset": 99}, r"opset=99: with these releases .* the file gets \d+"),
         ({"dynamic": ("height", "depth")}, "dynamic='depth': the inputs have batch, height, width"),
@@ -355,10 +356,11 @@ def test_a_wrong_model_leaves_no_file(tmp_path, monkeypatch):
 )
 def test_options_are_checked(tmp_path, options, says):
     (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "a_file").touch()
     path = tmp_path / options.pop("path", "net.onnx")
     with pytest.raises(ValueError, match=says):
         to_onnx(PairNet(2).eval(), torch.randn(1, 4, 9, 9), path, **options)
-    assert [each.name for each in tmp_path.iterdir()] == ["folder.onnx"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a_file", "folder.onnx"]
 
 
 def test_ncnn_has_its_few_operators(tmp_path):

@@ -133,7 +133,7 @@ def test_the_wheel_of_the_sdist_has_the_packages_and_nothing_else(tmp_path, setu
     tree = tmp_path / "tree"
     for name in ("poolskip_zoo", *BESIDE, "hub_cards", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, tree)
     # What other programs leave behind: weights are another distribution, whatever an old egg-info says.
     (tree / "hub_cards/resnet20_cifar.c10/model.safetensors").touch()
@@ -147,6 +147,8 @@ def test_the_wheel_of_the_sdist_has_the_packages_and_nothing_else(tmp_path, setu
         for pattern in ("*.py", *setuptools_table["package-data"].get(package, [])):
             expected.update(f"{package.replace('.', '/')}/{f.relative_to(folder)}" for f in folder.glob(pattern))
     assert contents(built(tree, "sdist", "wheel")) == expected
+    # Tests without the files that they read would be of no use there.
+    assert not list(tree.glob("unpacked/*/tests"))
 
 
 def test_the_wheel_of_weights_has_the_checkpoints_and_nothing_else(tmp_path):

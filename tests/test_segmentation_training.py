@@ -1,5 +1,6 @@
 """Segmentation in the same loop: exact resume, losses, scores, sliding windows, and from a run to a checkpoint."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -338,6 +339,7 @@ def test_from_a_run_to_a_checkpoint(
     folder = tmp_path / "hub_cards" / NAME
     assert sorted(file.name for file in folder.iterdir()) == sorted(FILES)
     assert (record.metrics["miou"], record.image_size) == (round(scores["miou"], 4), 32)
+    assert (record.window, record.overlap) == ((), 0.5)
     assert record.model_args == SETTINGS["model_args"]
     verify_folder(record, folder)
     card = (folder / "README.md").read_text()
@@ -363,6 +365,9 @@ def test_from_a_run_to_a_checkpoint(
     image = Image.fromarray(load_scenes("camvid", ("test",), data)[0].items[0][0].permute(1, 2, 0).numpy())
     labels = Segmenter.from_pretrained(NAME)([image, image.resize((50, 33))])
     assert [tuple(each.shape) for each in labels] == [(48, 64), (33, 50)]
+    # A record of a run that was measured by windows segments by them.
+    monkeypatch.setitem(checkpoint_module._CHECKPOINTS, NAME, dataclasses.replace(record, window=(32, 32), overlap=0.0))
+    assert not torch.equal(Segmenter.from_pretrained(NAME)([image])[0], labels[0])
     # A changed file is noticed by every way in.
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")

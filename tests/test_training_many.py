@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_training import PLAIN, call, data, recipe  # noqa: F401  data is a fixture
 
 from poolskip_zoo.cli import train_many as verb
-from poolskip_zoo.training import join_weights, load_list, train_many
+from poolskip_zoo.training import join_weights, load_list, many, train_many
 from poolskip_zoo.training.many import SUMMARY, split_weights
 
 
@@ -87,6 +87,17 @@ def test_limit_stops_and_the_next_call_goes_on(data: Path, tmp_path: Path) -> No
     assert whole[0].metrics is not None
     with pytest.raises(ValueError, match="limit_seconds=-1 must"):
         train_many(recipes, data, tmp_path, limit_seconds=-1)
+
+
+def _agree(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    assert many._agreed(rank == 0) is True
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_agree_on_whether_it_is_too_late(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_agree, (str(tmp_path),), nprocs=2)
 
 
 def test_a_failed_run_keeps_none_of_the_others(data: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -49,12 +49,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..diagnostics.cost import count_macs, count_parameters
+    from ..export.targets import check_output
     from ..pruning import prune_inert
     from .diagnose import load
 
-    path = args.output or Path(f"{Path(args.name).name}.pruned.pt2")
-    if path.suffix not in (".pt2", ".onnx"):
-        raise ValueError(f"--output {path}: expected a name that ends in .pt2 or .onnx")
+    path = check_output(args.output or f"{Path(args.name).name}.pruned.pt2", ".pt2", ".onnx")
     if args.images < 0:
         raise ValueError(f"--images {args.images} must be at least 0")
     subject = load(args.name)

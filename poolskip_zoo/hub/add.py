@@ -106,8 +106,8 @@ def _record(metrics: dict[str, Any], scores: dict[str, Any], sha256: str, base_s
         carried = {key: value for key, value in metrics.get("model_args", {}).items() if key in CARRIED}
         return Checkpoint(**values, model_args=carried)
     iou = tuple(value if value is None else round(value, 2) for value in scores["class_iou"].values())
-    own = {key: metrics[key] for key in ("model", "model_args", "image_size")}
-    return SegmentationCheckpoint(**values, **own, class_iou=iou)
+    own = {key: metrics[key] for key in ("model", "model_args", "image_size", "overlap")}
+    return SegmentationCheckpoint(**values, **own, window=tuple(metrics["window"]), class_iou=iou)
 
 
 def record_source(record: Checkpoint) -> str:

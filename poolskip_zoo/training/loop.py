@@ -356,7 +356,7 @@ class _Run:
             "model": recipe.model,
             "model_args": recipe.model_args,
             "dataset": recipe.dataset,
-            "image_size": recipe.image_size,
+            **{key: getattr(recipe, key) for key in ("image_size", "window", "overlap")},
             "dataset_title": DATASETS[recipe.dataset].title,
             "mean": list(DATASETS[recipe.dataset].mean),
             "std": list(DATASETS[recipe.dataset].std),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from .loop import train
@@ -183,7 +184,7 @@ def train_list(
     while True:
         outcomes = train_many(recipes, data_dir, output, limit_seconds=left, summary=summary_name(share), **settings)
         known = load_list(source, output, share)
-        left = limit_seconds - (time.monotonic() - begun) if limit_seconds else 0
+        left = _agreed(limit_seconds - (time.monotonic() - begun) if limit_seconds else 0)
         if known == recipes or left < 0:
             return outcomes
         recipes = known
@@ -229,7 +230,7 @@ def train_many(
     main = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the one that writes
     for place, recipe in enumerate(recipes):
         left = end - time.monotonic() if limit_seconds else 0
-        late = limit_seconds > 0 and left <= 0
+        late = _agreed(limit_seconds > 0 and left <= 0)
         folder = run_folder(output, recipe)
         try:
             if late:  # what was finished before has its line all the same
@@ -248,6 +249,15 @@ def train_many(
         if main:
             _write_summary(Path(output) / summary, outcomes)
     return outcomes
+
+
+def _agreed(value: Any) -> Any:
+    """Process 0's value in all processes of torchrun, whose clocks differ: all train a run, or none."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
 
 
 def scores_on_test(folder: Path, measure: Callable[[Path], dict[str, Any]] | None) -> dict[str, Any] | None:
