@@ -19,6 +19,20 @@ TOLERANCE = {
 }
 
 
+# torch.jit.script knows its builtins by id(), and an operator that gets another overload frees an object of that
+# table: a list that is later born at its address was once taken for an operator. So the tests keep what is freed.
+_kept: list[object] = []
+_refresh_packet = torch._ops._refresh_packet
+
+
+def _keep_and_refresh(packet):
+    _kept.append(packet._op)
+    _refresh_packet(packet)
+
+
+torch._ops._refresh_packet = _keep_and_refresh
+
+
 def pytest_configure():
     if "PYTEST_XDIST_WORKER" in os.environ:
         # One process per core already: more threads only wait for each other.
