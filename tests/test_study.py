@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from poolskip_zoo.training import load_list, train
 from poolskip_zoo.training.build import make_model
 
 TINY = {"epochs": 1, "train_images": 60, "batch_size": 20, "hold_out": 20, "image_size": 16}
+ROOT = Path(__file__).resolve().parent.parent
 NAMES = [name for name in nets.__all__ if name.startswith(("plain", "resnet", "test"))]
 
 
@@ -236,6 +238,40 @@ def test_cheap_forms_and_unfinished_nets_are_told() -> None:
     assert "B″ cannot be told from B, or does better (B″ − B = +0.03 [" in said
     assert "B4 does worse than B (B4 − B = -10.00 [" in said
     assert "- n: 3 of 9: no verdict yet.\n" in summary(runs, {"n": "3 of 9"})
+
+
+# --- what was found
+
+
+def recorded() -> list[Run]:
+    """The runs of docs/study/runs.csv."""
+    kinds = {field.name: field.type for field in dataclasses.fields(Run)}
+    read = lambda kind, text: text if kind is str else int(text) if kind is int else float(text) if text else None  # noqa: E731
+    with (ROOT / "docs/study/runs.csv").open() as file:
+        return [Run(**{key: read(kinds[key], text) for key, text in line.items()}) for line in csv.DictReader(file)]
+
+
+def test_the_page_has_the_numbers_of_its_csv() -> None:
+    page = (ROOT / "docs/study.md").read_text()
+    told = {
+        net: re.search(rf"^- {net}: (.*): no verdict yet\.$", page, re.M) for net in {run.net for run in recorded()}
+    }
+    unfinished = {net: found[1] for net, found in told.items() if found}
+    assert summary(recorded(), unfinished) in page
+
+
+def test_readme_and_cards_say_the_verdict() -> None:
+    helps, mechanism, *_ = verdict(recorded(), "resnet20_cifar")
+    numbers = re.findall(r"B − [CF] = \S+ \[\S+ \S+\]", helps)
+    assert len(numbers) == 2
+    readme = (ROOT / "README.md").read_text()
+    cards = [path.read_text() for path in (ROOT / "hub_cards").glob("*/README.md")]
+    for text in (readme, *cards):
+        said = " ".join(text.split())
+        assert all(number in said for number in numbers)
+        assert ("it is not shown that Pool Skip helps" in said) == ("it is not shown" in helps)
+        assert ("the mechanism is supported" in said) == ("the mechanism is supported" in mechanism)
+        assert ("nor was it put to the test" in said) == ("nor was it put to the test" in mechanism)
 
 
 # --- all of it

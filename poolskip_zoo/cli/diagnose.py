@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: if a model or data set is unknown, or they do not fit.
         FileNotFoundError: if a file or data are missing.
+        OSError: if `--output` cannot be written.
         RuntimeError: if weights cannot be had or do not fit.
         ImportError: if `--output` is given and matplotlib is missing.
     """
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--images {args.images} must be at least 0")
     if args.name == args.compare:
         raise ValueError(f"--compare {args.compare}: the two are the same")
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)  # an unwritable place is said before the work
     subjects = [load(name) for name in (args.name, args.compare) if name]
     # A model whose data are not known is shown those of the model beside it.
     dataset = args.dataset or next((each.dataset for each in subjects if each.dataset), None)

@@ -64,11 +64,7 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or args.runs
     output.mkdir(parents=True, exist_ok=True)
     text = summary(runs, unfinished)
-    for name, content in (
-        ("runs.csv", to_csv(runs, Run)),
-        ("layers.csv", to_csv(layers, LayerRow)),
-        ("summary.md", text + "\n"),
-    ):
+    for name, content in (("runs.csv", to_csv(runs, Run)), ("layers.csv", to_csv(layers, LayerRow))):
         write_atomic(output / name, content.encode())
     pictures = [output / "cost.png"]
     draw_cost(pictures[0], runs)

@@ -116,6 +116,16 @@ The base model and the variant are trained by the same recipe.
 """
 
 
+# The sentence of docs/study.md, whose runs a test holds it to.
+_VERDICT = (
+    "Does Pool Skip help? The zoo's own study (`docs/study.md` of the project: ResNet-20 on CIFAR-10, 1,000 steps, 3 "
+    "seeds) tests it against a convolution of x itself in the same places (C) and a deeper base of equal cost (F): it "
+    "is not shown that Pool Skip helps (B − C = -0.88 [-3.47, +1.71], B − F = +0.90 [-0.86, +2.66]; test accuracy in "
+    "points, 95 % intervals). Its mechanism, fewer inert filters, is not supported, nor was it put to the test: no run "
+    "has any."
+)
+
+
 def card_text(record: Checkpoint) -> str:
     """Write a checkpoint's model card.
 
@@ -375,6 +385,7 @@ def _limits(record: Checkpoint, model: nn.Module) -> str:
         )
     if record.dataset.endswith("_jpeg"):
         points.append("Its data are a JPEG copy: results on the original images may differ a little.")
+    points.append(_VERDICT)
     return "\n".join(_wrapped(f"- {point}", "  ") for point in points)
 
 

@@ -21,7 +21,8 @@ def draw_cost(path: Path, runs: Sequence[Run]) -> None:
         ImportError: if matplotlib is missing; it names the extra to install.
     """
     nets = list(dict.fromkeys(run.net for run in runs))
-    figure = _figure(6 * len(nets), 4.6)
+    figure = _figure(6 * len(nets), 5)
+    named: dict[str, Any] = {}
     for axes, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
         arms = {arm: own for arm in ARMS if (own := chosen(runs, net, arm))}
         tested = all(run.test_top1 is not None for own in arms.values() for run in own)
@@ -34,7 +35,8 @@ def draw_cost(path: Path, runs: Sequence[Run]) -> None:
             x = costs[arm] + step * (same.index(arm) - (len(same) - 1) / 2)
             colour, error = _colour(arm), stdev(scores) if len(scores) > 1 else 0
             axes.plot([x] * len(scores), scores, ".", color=colour, alpha=0.5)
-            axes.errorbar(x, mean(scores), error, marker="o", capsize=4, color=colour, label=", ".join(ARMS[arm]))
+            bar = axes.errorbar(x, mean(scores), error, marker="o", capsize=4, color=colour)
+            named[", ".join(ARMS[arm])] = bar
             top = max(mean(scores) + error, *scores)
             axes.annotate(ARMS[arm][0], (x, top), (0, 5), textcoords="offset points", ha="center", color=colour)
         axes.set(
@@ -44,7 +46,7 @@ def draw_cost(path: Path, runs: Sequence[Run]) -> None:
         )
         axes.margins(0.1)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=4, fontsize="small")
     _save(figure, path)
 
 
@@ -85,6 +87,7 @@ def draw_depth(path: Path, runs: Sequence[Run], layers: Sequence[LayerRow]) -> N
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.3)
         row[0].set_ylabel(label)
+        row[0].set_ylim(0, None if row[0].get_ylim()[1] > 0.06 else 0.06)
     for axes, (net, decay) in zip(grid[0], columns, strict=True):
         axes.set_title(f"{net}, weight decay {decay:g}", fontsize="medium")
     for axes in grid[-1]:
