@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from poolskip_zoo.hub.facts import describe
-from poolskip_zoo.registry.catalogue import registered_models
+from poolskip_zoo.registry.catalogue import base_name, registered_models
 from poolskip_zoo.registry.checkpoint import SUFFIX, checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,12 +73,16 @@ def checkpoint_table() -> str:
     kinds = {("top1", "top5"): "top-1, % | top-5, %", ("miou", "pixel_accuracy"): "mIoU, % | pixel accuracy, %"}
     tables = []
     for keys, heading in kinds.items():
-        rows = [
-            f"| `{c.name}` | {c.dataset_title} | {' | '.join(f'{c.metrics[key]:.2f}' for key in keys)} | {c.seed} | "
-            f"{c.hours:.1f} | {c.hardware} |"
-            for c in checkpoints()
-            if c.metrics.keys() == set(keys)
-        ]
+        rows = []
+        for c in (each for each in checkpoints() if each.metrics.keys() == set(keys)):
+            runs = {f"`{c.name}`": {**c.metrics, "hours": c.hours}}
+            if c.base_scores:
+                runs[f"`{base_name(c.arch)}.{c.tag}`, scores alone"] = c.base_scores
+            for name, scores in runs.items():
+                told = " | ".join(f"{scores[key]:.2f}" for key in keys)
+                rows.append(
+                    f"| {name} | {c.dataset_title} | {told} | {c.seed} | {scores['hours']:.1f} | {c.hardware} |"
+                )
         head = [f"| checkpoint | data | {heading} | seed | hours | hardware |", "|---|---|---|---|---|---|---|"]
         tables += ["\n".join([*head, *rows])] if rows else []
     return "\n\n".join(tables)
