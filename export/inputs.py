@@ -49,7 +49,7 @@ def axes_of(value: Tensor) -> dict[int, str]:
 
 
 def check_dynamic(args: tuple[Any, ...], dynamic: Sequence[str]) -> None:
-    """Refuse arguments that are no tensors, and names of axes that they do not have.
+    """Refuse arguments that are no tensors or bfloat16, and names of axes that they do not have.
 
     Args:
         args: a model's arguments.
@@ -63,6 +63,11 @@ def check_dynamic(args: tuple[Any, ...], dynamic: Sequence[str]) -> None:
             raise ValueError(
                 f"example: argument {i} is {type(value).__name__}, and files take tensors alone, by position: wrap the "
                 "model in a module that sets the others"
+            )
+        if value.dtype == torch.bfloat16:
+            raise ValueError(
+                f"example: argument {i} is bfloat16, which NumPy does not have, by which files are checked: call "
+                "model.float() first and give float32"
             )
     if isinstance(dynamic, str):
         raise ValueError(f"dynamic={dynamic!r}: expected a tuple of names")

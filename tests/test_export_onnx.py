@@ -252,6 +252,12 @@ def test_other_types_of_weights_are_refused(tmp_path):
         to_onnx(PairNet(2).eval().double(), torch.randn(1, 4, 9, 9).double(), tmp_path / "net.onnx")
 
 
+@pytest.mark.parametrize(("write", "suffix"), [(to_exported_program, "pt2"), (to_torchscript, "pt")])
+def test_bfloat16_is_refused(tmp_path, write, suffix):
+    with pytest.raises(ValueError, match=r"argument 1 is bfloat16, which NumPy does not have.* model\.float\(\) first"):
+        write(PairNet(2).eval().bfloat16(), torch.randn(1, 4, 9, 9).bfloat16(), tmp_path / f"net.{suffix}")
+
+
 @pytest.mark.parametrize("write", [to_onnx, to_exported_program, to_torchscript])
 def test_a_model_that_trains_keeps_its_statistics(tmp_path, write):
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(4), PairNet(2))
