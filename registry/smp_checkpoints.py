@@ -2,6 +2,24 @@
 
 from .checkpoint import SegmentationCheckpoint, add_checkpoints
 
-CHECKPOINTS: tuple[SegmentationCheckpoint, ...] = ()
+CHECKPOINTS: tuple[SegmentationCheckpoint, ...] = (
+    SegmentationCheckpoint(
+        name="unet_resnet18_poolskip.camvid_r180",
+        dataset="camvid",
+        sha256="42fbfc2f43797000b29a3fdcc71e6b417a93b16cfba7e36787a45c17edce895d",
+        metrics={"miou": 42.8748, "pixel_accuracy": 81.1938},
+        recipe="unet_resnet18_poolskip.camvid_r180",
+        seed=0,
+        hardware="AMD EPYC (CPU, 1 threads)",
+        hours=1.028,
+        images_per_second=5.2,
+        torch="2.15.0",
+        model_args={"encoder_name": "resnet18_poolskip"},
+        base_scores={"miou": 42.4476, "pixel_accuracy": 82.4996, "hours": 0.749, "images_per_second": 7.2},
+        model="unet",
+        image_size=180,
+        class_iou=(89.13, 68.82, 3.93, 82.25, 47.5, 59.22, 20.26, 9.66, 62.92, 19.12, 8.82),
+    ),
+)
 
 add_checkpoints(CHECKPOINTS)

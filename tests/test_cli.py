@@ -4,23 +4,30 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 import poolskip_zoo
 from poolskip_zoo import inference
 from poolskip_zoo.cli import main
+from poolskip_zoo.registry.segmentation import create_segmentation
 from poolskip_zoo.samples import sample_paths
 from poolskip_zoo.training import load_recipe
 
 
 @pytest.fixture
 def untrained(monkeypatch):
-    """Let `predict` and `demo` take a seeded, untrained net, so that they run without weights."""
+    """Let `predict` and `demo` take seeded, untrained nets, so that they run without weights."""
 
     def build(cls, name):
         torch.manual_seed(0)
         return cls(poolskip_zoo.create_model("test_resnet_cifar_poolskip"))
 
+    def build_segmenter(cls, name):
+        torch.manual_seed(0)
+        return cls(create_segmentation("unet", {"encoder_name": "tu-test_resnet"}, 11).eval(), "camvid", 64)
+
     monkeypatch.setattr(inference.Classifier, "from_pretrained", classmethod(build))
+    monkeypatch.setattr(inference.Segmenter, "from_pretrained", classmethod(build_segmenter))
 
 
 def test_list_matches_globs(capsys):
@@ -66,8 +73,12 @@ def test_predict_ranks_all_images(capsys):
 @pytest.mark.usefixtures("untrained")
 def test_demo_draws_exports_and_compares(tmp_path, capsys):
     assert main(["demo", "--name", "tiny", "--output", str(tmp_path)]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.png", "tiny.onnx"]
-    assert "the same classes in PyTorch and ONNX Runtime" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.png", "road.png", "tiny.onnx"]
+    with Image.open(tmp_path / "road.png") as picture:
+        assert picture.width > 3 * 480  # the scene, segments and truth, and a legend
+    said = capsys.readouterr().out
+    assert "the same classes in PyTorch and ONNX Runtime" in said
+    assert "a road scene, its segments" in said
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""`poolskip demo`: classify shipped images, show what one layer's pooling keeps, export to ONNX and compare."""
+"""`poolskip demo`: classify shipped images, show what pooling keeps, export to ONNX and compare; segment a scene."""
 
 import argparse
 
-HELP = "classify sample images, draw what pooling keeps, export to ONNX and compare"
+HELP = "classify sample images, draw what pooling keeps, export to ONNX and compare; segment a road scene"
 _NAME = "resnet20_cifar_poolskip"
+_SEGMENTS = "unet_resnet18_poolskip.camvid_r180"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     print("the same classes in PyTorch and ONNX Runtime" if same else "ONNX Runtime gives other classes")
     for what, milliseconds in _latencies(classifier.model, model_file, x[:1]).items():
         print(f"{what}: {milliseconds:.2f} ms for one image")
+    _segment_road(folder / "road.png")
     return 0 if same else 1
 
 
@@ -156,6 +158,28 @@ def _compare(path, x, eager):
     logits = _session(path).run(None, {"image": x.numpy()})[0]
     expected = eager.numpy()
     return float(np.abs(logits - expected).max()), bool((logits.argmax(1) == expected.argmax(1)).all())
+
+
+def _segment_road(path):
+    """The road scene, its segments and its ground truth side by side."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from ..inference import Segmenter, draw_segments, read_image
+    from ..samples import road_scene
+
+    scene, labelled = road_scene()
+    image, truth = read_image(scene), torch.from_numpy(np.array(Image.open(labelled)))
+    segmenter = Segmenter.from_pretrained(_SEGMENTS)
+    labels = segmenter([image])[0]
+    named = truth < len(segmenter.labels)
+    temporary = path.with_name(f".{path.name}")
+    panels = [torch.full_like(truth, 255), labels, truth]  # nothing is laid over the first
+    draw_segments(image, panels, segmenter.labels, segmenter.info.palette).save(temporary, "PNG")
+    temporary.replace(path)
+    share = (labels == truth)[named].float().mean().item()
+    print(f"{path}: a road scene, its segments by {_SEGMENTS} and the ground truth, which share {share:.1%} of pixels")
 
 
 def _session(path):

@@ -1,5 +1,6 @@
 """Model cards: README.md, config.json and checksums of a checkpoint's folder, made from its record."""
 
+import dataclasses
 import json
 import tempfile
 import textwrap
@@ -334,11 +335,18 @@ def _results(record: Checkpoint) -> str:
 
 
 def _model_of_row(record: Checkpoint, name: str, one: Checkpoint | None) -> nn.Module | None:
-    """A model on the meta device; None of a segmentation model that only its record could make."""
+    """A model on the meta device; None of a segmentation model that only its record could make.
+
+    Segmentation models differ from their base in the encoder alone.
+    """
     if one is not None:
         return _on_meta(one)
     if isinstance(record, SegmentationCheckpoint):
-        return None
+        encoder = record.model_args.get("encoder_name", "").removeprefix("tu-")
+        if name.endswith(SUFFIX) or not encoder.endswith(SUFFIX):
+            return None
+        args = {**record.model_args, "encoder_name": f"tu-{base_name(encoder)}"}
+        return _on_meta(dataclasses.replace(record, model_args=args))
     make = create_model if name.endswith(SUFFIX) else create_base
     return make(name, device="meta", num_classes=checkpoint_cfg(record).num_classes, **record.model_args)
 

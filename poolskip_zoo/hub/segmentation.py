@@ -17,7 +17,8 @@ import poolskip_zoo  # registers its encoders and heads with smp
 import segmentation_models_pytorch as smp
 import torch
 
-model = smp.from_pretrained("{repo}").eval()  # or the path of a copy of this folder
+# A path of a copy of this folder does as well.
+model = smp.from_pretrained("{repo}").eval()
 logits = model(torch.rand(1, {shape}))  # (1, {classes}, {spatial}); height and width are multiples of 32
 ```
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__all__ = ["sample_paths"]
+__all__ = ["road_scene", "sample_paths"]
 
 
 def sample_paths() -> list[Path]:
@@ -12,3 +12,13 @@ def sample_paths() -> list[Path]:
         Sorted paths.
     """
     return sorted(Path(__file__).parent.glob("*.jpg"))
+
+
+def road_scene() -> tuple[Path, Path]:
+    """Paths of a road scene and of its labels, those of CamVid: 0 to 10, and 11 for void.
+
+    Returns:
+        The image, 360×480 pixels, and a PNG of the same size.
+    """
+    folder = Path(__file__).parent / "road"
+    return folder / "image.webp", folder / "labels.png"
