@@ -151,8 +151,7 @@ def test_pool_skip_is_told_from_the_base():
 
 
 def test_pool_skip_on_tokens_and_by_itself():
-    model = timm.create_model("test_vit_poolskip")
-    layers = diagnose(model).layers
+    layers = diagnose(timm.create_model("test_vit_poolskip")).layers
     assert [layer.kind for layer in layers] == ["base"] + ["pool_skip"] * (len(layers) - 1)
     assert [layer.depth for layer in layers] == list(range(1, len(layers) + 1))
     (layer,) = diagnose(nn.Sequential(PoolSkip2d(4), nn.BatchNorm2d(4))).layers
