@@ -31,15 +31,15 @@ def read_image(path: str | os.PathLike[str]) -> "Image":
         FileNotFoundError: if there is no such file.
         ValueError: if it is no image.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"no such image: {path}") from None
-    except (UnidentifiedImageError, IsADirectoryError) as error:
-        raise ValueError(f"{path} is no image that can be read") from error
+    except OSError as error:
+        raise ValueError(f"{path} is no image that can be read: {error}") from error
 
 
 class Classifier:
@@ -53,17 +53,21 @@ class Classifier:
     """
 
     def __init__(self, model: Any) -> None:
-        from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+        from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 
         if not model.num_classes:
             raise ValueError(f"{type(model).__name__} has no classifier: num_classes is 0")
         self.model = model.eval()
         self.transform = create_transform(**resolve_model_data_config(model))
-        labels = model.pretrained_cfg.get("label_names")
-        if labels is None and model.num_classes == 1000:
-            info = ImageNetInfo()
-            labels = [info.index_to_description(index) for index in range(1000)]
-        self.labels = list(labels or map(str, range(model.num_classes)))
+        labels = model.pretrained_cfg.get("label_names") or ()
+        subset = infer_imagenet_subset(model)
+        if len(labels) == model.num_classes:
+            self.labels = list(labels)
+        elif subset:
+            describe = ImageNetInfo(subset).index_to_description
+            self.labels = [describe(index) for index in range(model.num_classes)]
+        else:  # a head of the user's own
+            self.labels = list(map(str, range(model.num_classes)))
 
     @classmethod
     def from_pretrained(cls, name: str) -> "Classifier":
@@ -112,7 +116,9 @@ class Classifier:
         Returns:
             For each image its (label, probability) pairs, the most likely first.
         """
-        probabilities = self.model(self.preprocess(images)).softmax(-1)
+        parameter = next(self.model.parameters())
+        logits = self.model(self.preprocess(images).to(parameter.device, parameter.dtype))
+        probabilities = logits.float().softmax(-1).cpu()
         ranked = []
         for row in probabilities:
             values, indices = row.sort(descending=True)
@@ -135,10 +141,15 @@ def segment(
     Returns:
         Logits (B, classes, H, W), float32.
 
+    Raises:
+        ValueError: if `overlap` is out of range.
+
     Example:
         >>> segment(nn.Conv2d(3, 7, 1), torch.rand(1, 3, 50, 70), (100, 140), window=(32, 32)).shape
         torch.Size([1, 7, 100, 140])
     """
+    if not 0 <= overlap <= 0.9:
+        raise ValueError(f"overlap={overlap}: expected 0 to 0.9")
     height, width = images.shape[2:]
     tall, wide = (min(pair) for pair in zip(window or (height, width), (height, width), strict=True))
     logits, times = torch.zeros((), device=images.device), torch.zeros(height, width, device=images.device)
@@ -161,7 +172,7 @@ class Segmenter:
     """A segmentation model with the preprocessing, the class names and the colours of its data set.
 
     Args:
-        model: model of smp, in evaluation mode.
+        model: model of smp.
         dataset: name of the segmentation data set that it was trained on.
         image_size: shorter side in pixels that images are resized to; 0 leaves them as they are.
         window: height and width of a sliding window, empty for whole images.
@@ -180,7 +191,8 @@ class Segmenter:
         if not isinstance(info, SegmentationInfo):
             names = ", ".join(name for name, each in DATASETS.items() if isinstance(each, SegmentationInfo))
             raise ValueError(f"{dataset!r} is no segmentation data set: one of {names}")
-        self.model, self.info, self.image_size, self.window, self.overlap = model, info, image_size, window, overlap
+        self.model, self.info, self.image_size = model.eval(), info, image_size
+        self.window, self.overlap = window, overlap
         self.labels = list(info.labels or ())
 
     @classmethod
@@ -227,12 +239,14 @@ class Segmenter:
             (torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.zeros(image.height, image.width).byte())
             for image in images
         ]
-        size, mean, std = self.image_size, self.info.mean, self.info.std
-        loader = SceneEvalLoader(Scenes(items, self.labels), image_size=size, mean=mean, std=std, batch_size=1)
-        return [
-            segment(self.model, batch, labels.shape[1:], self.window, self.overlap).argmax(1)[0].byte()
-            for batch, labels in loader
-        ]
+        parameter = next(self.model.parameters())
+        settings: dict[str, Any] = {"mean": self.info.mean, "std": self.info.std, "device": parameter.device}
+        loader = SceneEvalLoader(Scenes(items, self.labels), image_size=self.image_size, batch_size=1, **settings)
+        found = []
+        for batch, labels in loader:
+            logits = segment(self.model, batch.to(parameter.dtype), labels.shape[1:], self.window, self.overlap)
+            found.append(logits.argmax(1)[0].byte().cpu())
+        return found
 
 
 def draw_segments(image: "Image", labels: Sequence[Tensor], names: Sequence[str], palette: Sequence[Any]) -> "Image":

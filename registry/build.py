@@ -6,14 +6,17 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs
+from timm.models import build_model_with_cfg
 from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from .checkpoint import SUFFIX, find
 from .resolve import local_weights, require_warm_start
 
-__all__ = ["create"]
+__all__ = ["VIT_POOLING", "create"]
+
+# Modules of timm's ViT that come and go with `global_pool`.
+VIT_POOLING = ("norm", "fc_norm", "attn_pool")
 
 _logger = logging.getLogger(__name__)
 
@@ -112,8 +115,7 @@ def _fit(
 
 def _is_warm_start(model: Any) -> bool:
     arch, tag = model.pretrained_cfg["architecture"], model.pretrained_cfg.get("tag")
-    base = arch.removesuffix(SUFFIX)
-    return base != arch and find(f"{arch}.{tag}") is None and f"{base}.{tag}" in get_arch_pretrained_cfgs(base)
+    return arch.endswith(SUFFIX) and find(f"{arch}.{tag}") is None
 
 
 def _check_keys(state_dict: StateDict, own: StateDict, model: Any, optional: tuple[str, ...]) -> None:
@@ -125,7 +127,8 @@ def _check_keys(state_dict: StateDict, own: StateDict, model: Any, optional: tup
     if missing or excess:
         raise RuntimeError(
             f"the checkpoint does not fit {_name(model)}: it lacks {_shown(missing)} and has {_shown(excess)} in "
-            f"excess. Is it of another model, or of another pool_skip placement?"
+            f"excess. Is it of another model, of another pool_skip placement, or of other model arguments? "
+            f"pretrained_strict=False loads what fits"
         )
 
 

@@ -17,7 +17,7 @@ from ..models.cifar import (
     SmallStemResNet,
 )
 from ..models.vit import PoolSkipVisionTransformer
-from .build import create
+from .build import VIT_POOLING, create
 from .checkpoint import SUFFIX, Checkpoint, cfg_for_data, trained_cfgs
 
 CHECKPOINTS: tuple[Checkpoint, ...] = (
@@ -115,7 +115,8 @@ def _vit(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args: A
     model_class = PoolSkipVisionTransformer if variant.endswith(SUFFIX) else VisionTransformer
     feature_cfg = {"out_indices": out_indices, "feature_cls": "getter"}
     sizes = {"embed_dim": 192, "num_heads": 3, **model_args, **kwargs}
-    return create(model_class, variant, pretrained, feature_cfg=feature_cfg, **sizes)
+    optional = VIT_POOLING if "global_pool" in kwargs else ()
+    return create(model_class, variant, pretrained, optional=optional, feature_cfg=feature_cfg, **sizes)
 
 
 @register_model

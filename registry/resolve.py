@@ -169,7 +169,7 @@ def _connect() -> None:
         raise ConnectionError("HF_HUB_OFFLINE is set and the cache has no copy")
     url = urlsplit(constants.ENDPOINT)
     host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
-    if url.scheme in getproxies() and not proxy_bypass(host):
+    if {url.scheme, "all"} & getproxies().keys() and not proxy_bypass(host):
         return
     try:
         socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()

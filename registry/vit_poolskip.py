@@ -7,7 +7,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from ..models.vit import PoolSkipVisionTransformer, PoolSkipVisionTransformerDistilled
-from .build import create
+from .build import VIT_POOLING, create
 from .checkpoint import pool_skip_cfgs
 
 _BASES = (
@@ -35,6 +35,7 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args
         model_class,
         variant,
         pretrained,
+        optional=VIT_POOLING if "global_pool" in kwargs else (),
         # DeiT-III checkpoints name their layer scale otherwise.
         filter_fn=partial(checkpoint_filter_fn, adapt_layer_scale=variant.startswith("deit")),
         feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},

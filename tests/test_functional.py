@@ -197,6 +197,12 @@ def test_windows_too_large_for_exact_keys(dtype, e):
     assert torch.equal(keys_maxima(torch.ones_like(x), [e, e]), stock(torch.ones_like(x), (e, e)))
 
 
+@pytest.mark.parametrize("e", [40, 41, 61, 122])  # 1 / 41 in float32 is such that 41 / 41 is below 1
+def test_keys_of_long_windows(e):
+    x = torch.randn(1, 2, 40 * e + 3)
+    assert torch.equal(keys_maxima(x, [e]), stock(x, (e,)))
+
+
 def test_keys_and_values_that_are_not_finite():
     """What the docstring promises where torch traces: other windows are right, and no wrong number appears."""
     x = torch.tensor([[[[float("nan"), 3.0, 5.0, 6.0], [2.0, 1.0, 8.0, 7.0], [float("inf"), 4.0, 1.0, 2.0]]]])

@@ -160,6 +160,17 @@ def test_an_unreachable_hub_is_named_for_warm_starts_too(hub, monkeypatch, offli
     assert timm.create_model(name, pretrained=True, cache_dir=tmp_path / "warm") is not None
 
 
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy"])
+def test_what_is_behind_a_proxy_is_left_to_the_client(hub, monkeypatch, variable):
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    set_client(monkeypatch, ENDPOINT="http://hub.invalid")
+    with pytest.raises(ConnectionError, match=r"hub\.invalid cannot be reached"):
+        resolve._connect()
+    monkeypatch.setenv(variable, hub.url)
+    resolve._connect()
+
+
 def test_an_unreachable_hub_does_not_matter_with_a_cache(on_hub, hub, made):
     resolve.local_weights(on_hub)
     hub.http.shutdown()

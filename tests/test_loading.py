@@ -144,10 +144,34 @@ def test_another_placement_loads_where_the_caller_says_so(tmp_path):
         assert torch.equal(value, saved.state_dict()[key])
 
 
-def test_a_base_checkpoint_is_no_checkpoint_of_a_variant_without_warm_starts(tmp_path):
+@pytest.mark.parametrize("name", ["resnet20_cifar_poolskip", "test_resnet_poolskip"])
+def test_a_file_of_the_base_is_a_warm_start_of_any_variant(name, tmp_path):
+    base = create(name.removesuffix("_poolskip")).eval()
+    overlay = save(base, tmp_path / "base.safetensors")
+    cfg = {**overlay, "num_classes": base.num_classes, "first_conv": "conv1", "classifier": "fc"}
+    model = timm.create_model(name, pretrained=True, pretrained_cfg=cfg).eval()
+    assert_same(model(images(name)), base(images(name)))
+
+
+def test_a_file_of_the_base_is_no_trained_checkpoint(tmp_path):
     overlay = save(timm.create_model("resnet20_cifar"), tmp_path / "base.safetensors")
-    with pytest.raises(RuntimeError, match=r"lacks .*pool_skip"):
-        load("resnet20_cifar_poolskip", overlay)
+    with pytest.raises(
+        RuntimeError, match=r"resnet20_cifar_poolskip\.c10: it lacks .*pool_skip.*pretrained_strict=False"
+    ):
+        load("resnet20_cifar_poolskip.c10", overlay)
+
+
+@pytest.mark.parametrize("pool", ["avg", "map"])
+@pytest.mark.parametrize("name", ["test_vit_poolskip", "vit_tiny_patch4_32_poolskip"])
+def test_a_vit_is_pooled_otherwise_as_in_timm(name, pool, tmp_path):
+    size = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    trained = create(name, **size).eval()
+    overlay = save(trained, tmp_path / "vit.safetensors")
+    model = load(name, overlay, global_pool=pool, num_classes=5, **size)
+    x = images(name)
+    assert_same(*(net.forward_intermediates(x, norm=False, intermediates_only=True) for net in (model, trained)))
+    with pytest.raises(RuntimeError, match="does not fit"):
+        load(name, overlay, init_values=1.0, num_classes=5, **size)
 
 
 def test_shapes_that_differ_are_refused(tmp_path):

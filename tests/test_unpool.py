@@ -53,6 +53,12 @@ def test_values_gradients_and_sizes_equal_torch(case):
         assert torch.equal(got, expected)
 
 
+def test_a_long_window():
+    x = torch.randn(1, 2, 41 * 40)
+    (values, indices), (_, mask) = TORCH_POOL[1](41, return_indices=True)(x), POOL[1](41)(x)
+    assert torch.equal(UNPOOL[1](41)(values, mask), TORCH_UNPOOL[1](41)(values, indices))
+
+
 @pytest.mark.parametrize("ceil_mode", [False, True])
 @every_rank
 def test_without_output_size(dims, ceil_mode):

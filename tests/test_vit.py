@@ -199,8 +199,10 @@ def test_checkpointing_of_equal_counts_never_silently_wrong():
 
 
 @pytest.mark.parametrize("pair", [(0, 1), (1, 2), (0, 3)], ids=["equal counts", "transposed", "different counts"])
-def test_threads(dynamic, pair):
+@pytest.mark.parametrize("compiling", [False, True], ids=["", "while another thread compiles"])
+def test_threads(dynamic, pair, compiling, monkeypatch):
     model, images, answers = dynamic
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)  # tells of the whole process
     start, wrong = threading.Barrier(2), []
 
     def work(i):
@@ -217,6 +219,13 @@ def test_threads(dynamic, pair):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_replaced_patch_embedding_is_named():
+    model = make(img_size=(24, 40))
+    model.patch_embed.proj = torch.nn.Conv2d(3, model.embed_dim, model.patch_embed.patch_size)
+    with pytest.raises(RuntimeError, match="the patch embedding's convolution was replaced"):
+        model.set_input_size(img_size=(40, 24))
 
 
 def test_script_save_load_copy(dynamic):

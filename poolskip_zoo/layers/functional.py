@@ -307,8 +307,13 @@ def upsample(z: Tensor, window: list[int], size: list[int], fill: float = 0.0) -
         The upsampled tensor, differentiable.
     """
     dims = len(window)
-    scale = [float(e) for e in window]
-    z = F.interpolate(F.pad(z, [0, 1] * dims, value=fill), scale_factor=scale)
+    z = F.pad(z, [0, 1] * dims, value=fill)
+    # interpolate divides in float32, and takes wrong cells at some larger scales.
+    if max(window) <= 40:
+        z = F.interpolate(z, scale_factor=[float(e) for e in window])
+    else:
+        for axis in range(dims):
+            z = z.repeat_interleave(window[axis], axis + 2)
     for axis in range(dims):
         z = z.narrow(axis + 2, 0, size[axis])
     return z

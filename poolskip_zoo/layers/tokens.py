@@ -106,7 +106,7 @@ class Grid(nn.Module):
                 self.table[(height * width) % self.slots] = height * self.base + width
             else:
                 self.height, self.width = height, width
-                if not _is_capture(height):
+                if not _is_capture(height * width):
                     self._latest[height * width] = (height, width)
                     self._of_thread.grids[height * width] = (height, width)
         return x
@@ -158,8 +158,9 @@ class Grid(nn.Module):
 
 
 def _is_capture(size: int) -> bool:
-    # Sizes are tensors while torch.jit traces, and proxies while torch.fx does.
-    return torch.compiler.is_compiling() or not isinstance(size, int)
+    # Sizes are tensors while torch.jit traces, proxies while torch.fx does, and symbols in a dynamic export. Not
+    # `is_compiling`, which tells of the whole process: other threads run eagerly meanwhile, at sizes of their own.
+    return torch.compiler.is_dynamo_compiling() or not isinstance(size, int)
 
 
 class TokenPoolSkip2d(PoolSkip2d):
@@ -217,7 +218,12 @@ def _give_grid(embed: PatchEmbed, grid: Grid) -> None:
 
 
 def _take_grid(proj: nn.Module) -> Grid:
-    grid: Any = proj.pool_skip_grid
+    grid: Any = getattr(proj, "pool_skip_grid", None)
+    if grid is None:
+        raise RuntimeError(
+            "the patch embedding's convolution was replaced, and with it what notes the patch grid for Pool Skip: call "
+            "remove_pool_skip(model) before and add_pool_skip(model) after"
+        )
     del proj.pool_skip_grid
     for key, hook in list(proj._forward_hooks.items()):
         if hook is _note_grid:

@@ -1,5 +1,6 @@
 """VGG with Pool Skip: timm's class plus its placement."""
 
+import torch
 from timm.models.vgg import VGG
 
 from ..layers.insert import reset_pool_skip
@@ -25,6 +26,10 @@ class PoolSkipVGG(PoolSkipModel, VGG):
     Raises:
         ValueError: as `PoolSkipModel`.
     """
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        self._initialize_weights()
 
     def _initialize_weights(self) -> None:
         super()._initialize_weights()

@@ -36,8 +36,8 @@ def check_initialisation(name: str) -> None:
     for zero in (False, True):
         model = timm.create_model(name, pool_skip={"zero_init": zero})
         # VGG names its own otherwise, and some bases have none.
-        methods = [m for m in ("init_weights", "_initialize_weights") if hasattr(super(PoolSkipModel, model), m)]
-        again = getattr(model, methods[0]) if methods else lambda: None
+        methods = ("init_weights", "_initialize_weights")
+        again = model.init_weights if any(hasattr(super(PoolSkipModel, model), m) for m in methods) else lambda: None
         for step in (lambda: None, again):
             step()
             for layer in pool_skip_modules(model).values():

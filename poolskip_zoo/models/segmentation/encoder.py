@@ -173,7 +173,7 @@ def build_encoder(
     if len(set(strides)) == 1 and math.log2(strides[0]).is_integer():
         blocks = len(info.info)
         options["out_indices"] = [blocks * (i + 1) // depth - 1 for i in range(depth)]
-        model = timm.create_model(name, dynamic_img_size=True, dynamic_img_pad=True, **options, **kwargs)
+        model = timm.create_model(name, **{"dynamic_img_size": True, "dynamic_img_pad": True, **options, **kwargs})
         return TokenEncoder(model, strides[0], in_channels, output_stride)
     if strides not in ([2**i for i in range(first, 6)] for first in range(3)):
         raise ValueError(

@@ -1,0 +1,50 @@
+"""Classifying and segmenting images: names of classes, types, and what is refused."""
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from poolskip_zoo.inference import Classifier, Segmenter, read_image, segment
+
+IMAGE = Image.effect_noise((40, 50), 90).convert("RGB")
+
+
+def test_class_names_are_of_the_head_that_there_is():
+    labels = Classifier(timm.create_model("resnet20_cifar_poolskip", pretrained=True)).labels
+    assert (labels[0], len(labels)) == ("airplane", 10)
+    for classes in (5, 20):
+        fresh = Classifier(timm.create_model("resnet20_cifar_poolskip", pretrained=True, num_classes=classes))
+        assert fresh.labels == [str(i) for i in range(classes)]
+        assert len(fresh([IMAGE])[0]) == classes
+    assert Classifier(timm.create_model("test_resnet_poolskip")).labels[0].startswith("tench")
+    fall = timm.create_model("vit_tiny_patch16_224_poolskip.augreg_in21k", depth=1)
+    assert len(Classifier(fall).labels) == fall.num_classes == 21843
+    assert not Classifier(fall).labels[0].isdigit()
+
+
+def test_half_precision():
+    model = timm.create_model("resnet20_cifar_poolskip", pretrained=True)
+    expected = Classifier(model)([IMAGE])[0][0]
+    label, probability = Classifier(model.bfloat16())([IMAGE])[0][0]
+    assert label == expected[0]
+    assert probability == pytest.approx(expected[1], abs=0.05)
+    net = torch.nn.Conv2d(3, 11, 1)
+    (labels,), (half,) = (Segmenter(each, "camvid")([IMAGE]) for each in (net, net.bfloat16()))
+    assert (labels == half).float().mean() > 0.9
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    whole, cut = tmp_path / "whole.jpg", tmp_path / "cut.jpg"
+    IMAGE.save(whole)
+    cut.write_bytes(whole.read_bytes()[:500])
+    for path in (cut, tmp_path):
+        with pytest.raises(ValueError, match=f"{path} is no image that can be read: "):
+            read_image(path)
+    assert read_image(whole).size == IMAGE.size
+
+
+@pytest.mark.parametrize("overlap", [-0.1, 1.0])
+def test_an_overlap_of_windows_out_of_range(overlap):
+    with pytest.raises(ValueError, match=f"overlap={overlap}: expected 0 to 0.9"):
+        segment(torch.nn.Conv2d(3, 2, 1), torch.zeros(1, 3, 64, 64), (64, 64), (32, 32), overlap)
