@@ -19,7 +19,7 @@ _STRIDE = 32
 
 
 def read_image(path: str | os.PathLike[str]) -> "Image":
-    """Read an image file as RGB.
+    """Read an image file as RGB, upright as its EXIF orientation says.
 
     Args:
         path: a file in any format that Pillow reads.
@@ -31,11 +31,11 @@ def read_image(path: str | os.PathLike[str]) -> "Image":
         FileNotFoundError: if there is no such file.
         ValueError: if it is no image.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"no such image: {path}") from None
     except OSError as error:

@@ -48,7 +48,7 @@ def create_base(name: str, **kwargs: Any) -> nn.Module:
     parameters and their names are timm's.
 
     Args:
-        name: name of a variant or of its base, without tag.
+        name: name of a variant or of its base, with or without tag.
         kwargs: keywords of `timm.create_model` and the variant's class; `pool_skip` has no effect.
 
     Returns:
@@ -58,11 +58,12 @@ def create_base(name: str, **kwargs: Any) -> nn.Module:
         RuntimeError: timm's, if there is no such model.
         TypeError: for an unknown keyword.
     """
-    base = base_name(name)
+    arch, dot, tag = name.partition(".")
+    base = base_name(arch)
     kwargs.pop("pool_skip", None)
     if "stem_stride" in kwargs and is_model(base + SUFFIX):
-        return remove_pool_skip(create_model(base + SUFFIX, **kwargs))
-    return create_model(base, **kwargs)
+        return remove_pool_skip(create_model(base + SUFFIX + dot + tag, **kwargs))
+    return create_model(base + dot + tag, **kwargs)
 
 
 def warm_starts() -> list[str]:

@@ -1,6 +1,8 @@
 """The command line: what it prints, and one line for every mistake."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from PIL import Image
 import poolskip_zoo
 from poolskip_zoo import inference
 from poolskip_zoo.cli import main
+from poolskip_zoo.registry.resolve import hub_cards_dir
 from poolskip_zoo.registry.segmentation import create_segmentation
 from poolskip_zoo.samples import sample_paths
 from poolskip_zoo.training import load_recipe
@@ -101,6 +104,9 @@ def test_demo_draws_exports_and_compares(tmp_path, capsys):
         (["export", "test_resnet_poolskip", "--no-pretrained", "--size", "64", "0"], "--size 64 0 must be"),
         (["prune", "test_resnet", "--dataset", "cifar11"], "unknown dataset 'cifar11': one of cifar10,"),
         (["train-many", "c10", "--part-size", "16"], "part_size '16' is no number with KB, MB"),
+        (["validate", "resnet20_cifar", "--overlap", "0.5"], "--window and --overlap have no meaning for it"),
+        (["validate", "resnet20_cifar", "--checkpoint", "."], "checkpoint . is a folder: give the file, such as model"),
+        (["demo", "--name", "resnet20_cifar"], "the model has no Pool Skip to draw"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, said, capsys):
@@ -142,3 +148,19 @@ def test_unreadable_images_are_named(tmp_path, capsys, content):
 def test_top_out_of_range(capsys):
     assert main(["predict", "any", str(sample_paths()[0]), "--top", "11"]) == 2
     assert "--top 11: expected 1 to 10" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    script = "import sys; from poolskip_zoo.cli import main; sys.exit(main(['list']))"
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def test_a_segmentation_checkpoint_s_folder_is_diagnosed(capsys):
+    folder = hub_cards_dir() / "unet_resnet18_poolskip.camvid_r180"
+    assert main(["diagnose", str(folder), "--images", "0"]) == 0
+    assert "decoder" in capsys.readouterr().out

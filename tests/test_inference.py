@@ -34,6 +34,13 @@ def test_half_precision():
     assert (labels == half).float().mean() > 0.9
 
 
+def test_images_are_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: turn by 90° to show
+    IMAGE.save(tmp_path / "turned.png", exif=exif)
+    assert read_image(tmp_path / "turned.png").size == IMAGE.size[::-1]
+
+
 def test_what_is_no_image_is_named(tmp_path):
     whole, cut = tmp_path / "whole.jpg", tmp_path / "cut.jpg"
     IMAGE.save(whole)

@@ -99,6 +99,9 @@ def test_written_recipe_holds_every_key_and_reads_back_equal() -> None:
         ({**SEGMENTS, "scale": [2.0, 1.0]}, r"recipe key scale=\[2.0, 1.0\] must be a least and a greatest"),
         ({**SEGMENTS, "loss": "focal"}, r"recipe key loss='focal' must be one of ce, dice, ce\+dice"),
         ({**SEGMENTS, "model_args": {"classes": 3}}, "must not hold classes"),
+        ({**SEGMENTS, "loss": "dice", "label_smoothing": 0.1}, "have no meaning for loss='dice' alone"),
+        ({**SEGMENTS, "loss": "dice", "class_weights": "balanced"}, "have no meaning for loss='dice' alone"),
+        ({"image_size": 3}, "recipe key image_size=3 must be 0 or at least 8"),
     ],
 )
 def test_refused(change: dict, message: str) -> None:

@@ -33,6 +33,16 @@ def test_losses_are_the_libraries_and_ignore_void() -> None:
         torch.testing.assert_close(loss(changed, labels), expected)
 
 
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0])])
+def test_a_batch_without_a_labelled_pixel_has_no_loss(weights: torch.Tensor | None) -> None:
+    logits = example()[0].requires_grad_()
+    for label in (9,) if weights is None else (9, 0):  # void, or of a class without weight
+        loss = SegmentationLoss("ce", 9, weights)(logits, torch.full((3, 8, 10), label))
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss == 0
+        assert not gradient.any()
+
+
 def test_balanced_weights_are_median_frequency_over_frequency() -> None:
     maps = [[[0, 0, 0, 1], [0, 0, 0, 9]], [[0, 0, 2, 2], [0, 0, 0, 9]]]
     items = [(torch.zeros(3, 2, 4).byte(), torch.tensor(each).byte()) for each in maps]

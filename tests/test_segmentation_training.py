@@ -245,6 +245,9 @@ def test_from_a_run_to_a_checkpoint(
     assert "CamVid (SegNet's split), 4 test images: mIoU" in shown
     assert f"mIoU {scores['miou']:.2f} %" not in shown  # other windows, other scores
 
+    (tmp_path / "scores.json").write_text(json.dumps({**scores, "window": [32, 32]}))
+    with pytest.raises(ValueError, match=r"measured with window=\[32, 32\], the recipe has \[\]"):
+        call(hub_verb, "add", learnt, "--scores", tmp_path / "scores.json")
     (tmp_path / "scores.json").write_text(text)
     assert call(hub_verb, "add", learnt, "--scores", tmp_path / "scores.json") == 0
     source = "\n".join(line for line in capsys.readouterr().out.splitlines() if not line.startswith("#"))

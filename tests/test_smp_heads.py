@@ -124,7 +124,10 @@ def test_saved_and_loaded(head, kwargs, tmp_path):
     kwargs = {**kwargs, "classes": 4, "aux_params": {"classes": 3, "dropout": 0.5}}
     model = make(head, **kwargs)
     model.save_pretrained(tmp_path, dataset="roads", metrics={"mIoU": 0.5})
-    assert "roads" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "roads" in card
+    assert "import segmentation_models_pytorch as smp\n\nimport poolskip_zoo" in card
+    assert "- pool-skip\n" in card
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["_model_class"] == type(model).__name__
     assert {key: config[key] for key in kwargs} == kwargs

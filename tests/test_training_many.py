@@ -53,6 +53,7 @@ def test_shipped_lists_name_shipped_recipes() -> None:
         ("{}", "must be a YAML list"),
         ("- {recipe: x, seed: 1}", "mapping of recipe, seeds, set"),
         ("- {recipe: TINY, seeds: 1}", "seeds must be a list"),
+        ("- {recipe: TINY, seeds: []}", "seeds must be a list of one or more"),
         ("- TINY\n- TINY", "with seed 0 twice"),
         ("- {recipe: TINY, set: {lrr: 1}}", "unknown recipe key 'lrr'"),
         ("- {recipe: TINY, seeds: [-1]}", "seed=-1"),
@@ -102,11 +103,22 @@ def test_processes_agree_on_whether_it_is_too_late(tmp_path: Path) -> None:
 
 def test_a_failed_run_keeps_none_of_the_others(data: Path, tmp_path: Path) -> None:  # noqa: F811
     short = {**PLAIN, "epochs": 1}
-    recipes = [recipe(**{**short, "name": "x.diverges", "lr": 1e30}), recipe(**short)]
+    wrong = {"name": "x.wrong", "model": "test_vit", "model_args": {"num_heads": 5}}
+    recipes = [recipe(**{**short, "name": "x.diverges", "lr": 1e30}), recipe(**{**short, **wrong}), recipe(**short)]
     outcomes = train_many(recipes, data, tmp_path, cpu=True)
-    assert [outcome.state for outcome in outcomes] == ["failed", "finished"]
+    assert [outcome.state for outcome in outcomes] == ["failed", "failed", "finished"]
     assert "the loss is nan at epoch 1" in outcomes[0].error
-    assert [row["state"] for row in rows(tmp_path)] == ["failed", "finished"]
+    assert "test_vit does not take model_args" in outcomes[1].error
+    assert [row["state"] for row in rows(tmp_path)] == ["failed", "failed", "finished"]
+
+
+def test_whatever_a_library_raises_is_a_failed_run(data: Path, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
+    def fail(*args: object, **kwargs: object) -> None:
+        raise LookupError("odd")
+
+    monkeypatch.setattr(many, "train", fail)
+    (outcome,) = train_many([recipe()], data, tmp_path, cpu=True)
+    assert (outcome.state, outcome.error) == ("failed", "LookupError: odd")
 
 
 def test_the_command_tests_once_and_leaves_parts(

@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 from test_training import recipe
 from torch import nn
 
+from poolskip_zoo.layers import pool_skip_modules
 from poolskip_zoo.training import build, evaluate
+from poolskip_zoo.training.recipe import make_recipe
 from poolskip_zoo.training.state import load_checkpoint, save_checkpoint, save_weights, seed_step, write_atomic
+from poolskip_zoo.training.task import make_task
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,46 @@ def test_biases_and_norms_have_no_weight_decay() -> None:
         decayed = [p for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
         assert [p.ndim for p in decayed] == [4]
         assert optimizer.defaults["nesterov"] is nesterov
+
+
+def test_what_a_vit_exempts_is_exempt_as_an_encoder_too() -> None:
+    values = {"name": "a.b", "model": "unet", "dataset": "camvid", "crop_size": [32, 32], "weight_decay": 0.01}
+    for encoder_lr in (1.0, 0.5):
+        recipe = make_recipe({**values, "model_args": {"encoder_name": "test_vit_poolskip"}, "encoder_lr": encoder_lr})
+        model = make_task(recipe).make_model()
+        groups = build.make_optimizer(recipe, model).param_groups
+        decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+        decays = {name: decay[id(parameter)] for name, parameter in model.named_parameters()}
+        assert len(decay) == len(decays)
+        exempt = [name for name in decays if name.endswith(("pos_embed", "cls_token"))]
+        assert len(exempt) == 2
+        assert all(decays[name] == 0 for name in exempt)
+        assert decays["decoder.blocks.0.conv1.0.weight"] == 0.01
+
+
+def test_a_tag_changes_nothing_of_a_recipe_s_arguments() -> None:
+    values = {"name": "a.b", "dataset": "cifar10"}
+    for name in ("resnet20_cifar_poolskip", "resnet20_cifar_poolskip.c10"):
+        model = build.make_model(make_recipe({**values, "model": name, "model_args": {"pool_skip": {"pool_size": 4}}}))
+        assert {tuple(layer.window) for layer in pool_skip_modules(model).values()} == {(4, 4)}
+    for name in ("resnet18", "resnet18.a1_in1k"):
+        base = build.make_model(make_recipe({**values, "model": name, "model_args": {"stem_stride": 2}}))
+        assert base(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+        assert not pool_skip_modules(base)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "said"),
+    [
+        ("vit_tiny_patch4_32_poolskip", {"num_heads": 5}, "AssertionError"),
+        ("resnet18_poolskip", {"output_stride": 5}, "AssertionError"),
+        ("resnet18", {"norm_layer": "foo"}, "KeyError"),
+    ],
+)
+def test_what_timm_refuses_is_one_clear_error(model: str, arguments: dict, said: str) -> None:
+    recipe = make_recipe({"name": "a.b", "model": model, "dataset": "cifar10", "model_args": arguments})
+    with pytest.raises(ValueError, match=f"{model} does not take model_args=.*{said}"):
+        build.make_model(recipe)
 
 
 def test_steps_have_random_numbers_of_their_own() -> None:

@@ -2,9 +2,12 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+
+from safetensors import SafetensorError
 
 __all__ = ["main"]
 
@@ -22,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: words of the command line without the program's name; None takes those of the process.
 
     Returns:
-        0 on success, 2 after an error that is the caller's to mend (one line on standard error), 130 if interrupted.
+        0 on success, 2 after an error that is the caller's to mend (one line on standard error), 130 if interrupted,
+        141 if nobody reads on.
     """
     parser = argparse.ArgumentParser(prog="poolskip", description="Pool Skip models: list, inspect, train, evaluate.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -32,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return _module(args.verb).run(args)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
+    except BrokenPipeError:  # `| head` has read enough; Python would complain again when it closes the stream
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, RuntimeError, OSError, ImportError, SafetensorError) as error:
         print(f"poolskip: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

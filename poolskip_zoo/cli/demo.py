@@ -38,11 +38,12 @@ def run(args: argparse.Namespace) -> int:
     from ..inference import Classifier, read_image
     from ..samples import sample_paths
 
+    classifier = Classifier.from_pretrained(args.name)
+    layer = _pool_skip_layer(classifier.model, args.layer)
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     paths = sample_paths()
     images = [read_image(path) for path in paths]
-    classifier = Classifier.from_pretrained(args.name)
     ranked = classifier(images)
     for path, best in zip(paths, ranked, strict=True):
         print(f"{path.name:<16} " + ", ".join(f"{label} {share:.1%}" for label, share in best[:3]))
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     x = classifier.preprocess(images)
     picture = folder / "demo.png"
-    layer, before = _input_of_pool_skip(classifier.model, x, args.layer)
+    before = _input_of(classifier.model.get_submodule(layer), classifier.model, x)
     _draw(picture, images, ranked, before, classifier.model.get_submodule(layer).window, layer)
     print(f"picture: {picture}")
 
@@ -68,24 +69,31 @@ def run(args: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
-def _input_of_pool_skip(model, x, layer):
-    """Name of a Pool Skip layer and the map that it pools."""
-    import torch
-
+def _pool_skip_layer(model, layer):
+    """Name of a Pool Skip layer: the one asked for, or the first."""
     from ..layers import pool_skip_modules
 
     layers = pool_skip_modules(model)
-    layer = layer or next(iter(layers), None)
+    if not layers:
+        raise ValueError("the model has no Pool Skip to draw: take a name that ends in _poolskip")
+    layer = layer or next(iter(layers))
     if layer not in layers:
-        raise ValueError(f"no Pool Skip layer {layer!r}: the model has {', '.join(layers) or 'none'}")
+        raise ValueError(f"no Pool Skip layer {layer!r}: the model has {', '.join(layers)}")
+    return layer
+
+
+def _input_of(module, model, x):
+    """What a part of a model gets."""
+    import torch
+
     seen = []
-    handle = layers[layer].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    handle = module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
         with torch.inference_mode():
             model(x)
     finally:
         handle.remove()
-    return layer, seen[0]
+    return seen[0]
 
 
 def _draw(path, images, ranked, before, window, layer):

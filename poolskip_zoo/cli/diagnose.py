@@ -157,6 +157,8 @@ def load_file(name: str, file: Path) -> Subject:
         ValueError: if neither stands beside it.
         RuntimeError: if the weights do not fit.
     """
+    import json
+
     from .. import create_model
     from ..registry.segmentation import load_weights
     from ..training import load_recipe
@@ -167,6 +169,10 @@ def load_file(name: str, file: Path) -> Subject:
         model = load_weights(make_task(recipe).make_model(trained=True), file)
         return Subject(name, model, f"trained by {recipe.name}", recipe.dataset, recipe)
     if file.with_name("config.json").is_file():
+        if "_model_class" in json.loads(file.with_name("config.json").read_text(encoding="utf-8")):
+            import segmentation_models_pytorch as smp
+
+            return Subject(name, smp.from_pretrained(str(file.parent)).eval(), f"weights of {file}", None)
         model = create_model(f"local-dir:{file.parent}", pretrained=True)
         return Subject(name, model, f"weights of {file}", None)
     raise ValueError(f"{file} does not say of which model it is: neither recipe.yaml nor config.json stand beside it")

@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training.state import run_folder
 
     recipe = load_recipe(args.recipe, args.set)
+    again = "the same command goes on" if args.resume else "without --no-resume the command goes on"
     try:
         metrics = train(
             recipe,
@@ -63,12 +64,12 @@ def run(args: argparse.Namespace) -> int:
             cpu=args.cpu,
         )
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint")
+        print(f"stopped; {again} from the last checkpoint")
         return 130
     if os.environ.get("RANK", "0") != "0":
         return 0
     if metrics is None:
-        print("stopped at the limit; the same command goes on")
+        print(f"stopped at the limit; {again}")
         return 0
     scores = metrics["val"]
     measured = f"held-out {describe(scores)}" if scores else "nothing held out"

@@ -97,6 +97,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     recipe = recipe_beside(args.name, args.checkpoint)
     if segments(args.name, recipe):
         return _measure_segmentation(args, recipe)
+    if args.window or args.overlap is not None:
+        raise ValueError(f"{args.name} is no segmentation model: --window and --overlap have no meaning for it")
     if not is_known(args.name):
         raise ValueError(f"unknown model {args.name!r}: `poolskip list` shows the names")
     if not args.checkpoint and not is_model_pretrained(args.name):
@@ -153,6 +155,7 @@ def _measure_segmentation(args: argparse.Namespace, recipe: Any) -> dict[str, An
     loader = SceneEvalLoader(scenes, image_size=recipe.image_size, channels_last=True, **settings)
     scores = make_task(recipe).evaluate(model.to(device, memory_format=torch.channels_last), loader)
     result = {"name": args.name, "dataset": recipe.dataset, "sha256": _sha256(args), **dataclasses.asdict(scores)}
+    result |= {"window": recipe.window, "overlap": recipe.overlap}
     return {**result, "class_iou": dict(zip(info.labels or (), scores.class_iou, strict=True))}
 
 
@@ -203,10 +206,11 @@ def segmentation_model(name: str, recipe: Any, checkpoint: str | None) -> tuple[
     from ..training import load_recipe
     from ..training.task import make_task
 
+    record: Any = find(name)
+    recipe = recipe or load_recipe(record.recipe)
     if checkpoint:
         return recipe, load_weights(make_task(recipe).make_model(trained=True), Path(checkpoint)).eval()
-    record: Any = find(name)
-    return load_recipe(record.recipe), load_weights(build_recorded(record), local_weights(record))
+    return recipe, load_weights(build_recorded(record), local_weights(record))
 
 
 def recipe_beside(name: str, checkpoint: str | None) -> Any:
@@ -228,6 +232,8 @@ def recipe_beside(name: str, checkpoint: str | None) -> Any:
     from ..training import load_recipe
 
     path = Path(checkpoint)
+    if path.is_dir():
+        raise FileNotFoundError(f"checkpoint {path} is a folder: give the file, such as {path / 'model.safetensors'}")
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
     beside = path.with_name("recipe.yaml")
@@ -259,10 +265,12 @@ def _model(args: argparse.Namespace, recipe: Any, num_classes: int) -> Any:
         if model.num_classes != num_classes:
             raise ValueError(f"{args.name} tells {model.num_classes} classes apart, the data set has {num_classes}")
         return model
-    from ..registry.catalogue import create_base
-    from ..registry.checkpoint import SUFFIX
+    from ..registry.checkpoint import find
     from ..registry.segmentation import load_weights
+    from ..training.build import create_classifier
 
-    arch, model_args = args.name.partition(".")[0], recipe.model_args if recipe else {}
-    make = timm.create_model if arch.endswith(SUFFIX) else create_base
-    return load_weights(make(arch, num_classes=num_classes, **model_args), Path(args.checkpoint))
+    # A tag names the record, whose arguments the weights may need; a bare name is of the model as it comes.
+    arch, dot, _ = args.name.partition(".")
+    known: Any = recipe or (find(args.name) if dot else None)
+    model_args = {**known.model_args, "pretrained": False} if known else {}
+    return load_weights(create_classifier(arch, num_classes, model_args), Path(args.checkpoint))

@@ -53,6 +53,9 @@ def add_run(run: Path, scores: dict[str, Any], cards: Path, base: Path | None = 
     sha256 = sha256_of(weights)
     if scores.get("sha256") not in (None, sha256):
         raise ValueError(f"the scores are of other weights than {weights}: sha256 {scores['sha256']}, not {sha256}")
+    for key in ("window", "overlap"):
+        if key in scores and scores[key] != metrics[key]:
+            raise ValueError(f"the scores were measured with {key}={scores[key]}, the recipe has {metrics[key]}")
     folder = cards / name
     if (folder / WEIGHTS).is_file() and sha256_of(folder / WEIGHTS) != sha256:
         raise ValueError(f"{folder} has other weights; weights are never replaced: give the new ones another tag")

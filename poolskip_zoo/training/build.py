@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,14 +32,15 @@ def make_accelerator(recipe: Recipe, cpu: bool = False) -> Accelerator:
         The engine; under ``torchrun`` with its process group joined.
 
     Raises:
-        RuntimeError: If accelerate is missing.
+        RuntimeError: If accelerate or matplotlib is missing.
         ValueError: If the device cannot do the recipe's precision.
     """
     try:
+        import matplotlib  # noqa: F401  # its curves come last, and must not fail then
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
     except ImportError as error:
-        raise RuntimeError("training needs accelerate: pip install 'poolskip-zoo[train]'") from error
+        raise RuntimeError(f"training needs {error.name}: pip install 'poolskip-zoo[train]'") from error
     cpu = cpu or not torch.cuda.is_available()
     if cpu and recipe.precision == "fp16":
         raise ValueError("precision='fp16' needs a GPU: take bf16 or fp32 on a CPU")
@@ -80,19 +81,40 @@ def make_model(recipe: Recipe) -> nn.Module:
     Raises:
         ValueError: If timm does not know the model or it does not take ``model_args``.
     """
-    import timm
-
     if not is_known(recipe.model):
         import difflib
 
+        import timm
+
         close = difflib.get_close_matches(recipe.model, timm.list_models(), 3)
         raise ValueError(f"unknown model {recipe.model!r}; similar: {', '.join(close) or 'none'}")
-    # A base takes our classes' keywords too, so that it is trained by the same recipe.
-    make = timm.create_model if recipe.model.endswith(SUFFIX) else create_base
+    return create_classifier(recipe.model, DATASETS[recipe.dataset].num_classes, recipe.model_args)
+
+
+def create_classifier(name: str, num_classes: int, model_args: Mapping[str, Any]) -> nn.Module:
+    """Make a model by a recipe's arguments, of which a base takes those of our classes too: one recipe is of both.
+
+    Args:
+        name: Model name with or without tag.
+        num_classes: Number of classes.
+        model_args: Keywords of `timm.create_model`.
+
+    Returns:
+        The model on the CPU.
+
+    Raises:
+        ValueError: If the model does not take ``model_args``.
+    """
+    import timm
+
+    make = create_base if timm.is_model(name.partition(".")[0] + SUFFIX) else timm.create_model
     try:
-        return make(recipe.model, num_classes=DATASETS[recipe.dataset].num_classes, **recipe.model_args)
-    except TypeError as error:
-        raise ValueError(f"{recipe.model} does not take model_args={recipe.model_args}: {error}") from error
+        return make(name, num_classes=num_classes, **model_args)
+    # As timm refuses keywords and values.
+    except (TypeError, AssertionError, KeyError) as error:
+        raise ValueError(
+            f"{name} does not take model_args={dict(model_args)}: {type(error).__name__} {error}"
+        ) from error
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -117,11 +139,19 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         raise ValueError(f"unknown optimizer {name!r}: one of {', '.join(known)}")
     settings: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "momentum": recipe.momentum}
     parameters: Any = model
+    if recipe.segments:  # smp's models do not say what their encoders exempt
+        exempt = [
+            f"{prefix}.{name}"
+            for prefix, module in model.named_modules()
+            if prefix and hasattr(module, "no_weight_decay")
+            for name in module.no_weight_decay()
+        ]
+        parameters = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=exempt)
     if recipe.encoder_lr != 1:
         encoder = set(model.get_submodule("encoder").parameters())
         parameters = [
             {**group, "params": chosen, "lr_scale": scale}  # lr_scale: timm's schedulers multiply by it
-            for group in param_groups_weight_decay(model, recipe.weight_decay)
+            for group in parameters
             for scale, inside in ((1.0, False), (recipe.encoder_lr, True))
             if (chosen := [parameter for parameter in group["params"] if (parameter in encoder) == inside])
         ]

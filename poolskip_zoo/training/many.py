@@ -75,8 +75,8 @@ def load_list(
         raise FileNotFoundError(f"no file {str(source)!r} and no shipped list of that name; shipped: {names}")
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} must be a YAML list of recipes")
     part, parts = share
@@ -98,8 +98,8 @@ def _expand(path: Path, entry: Any, output: Path) -> Iterator[Recipe]:
     if not isinstance(entry, dict) or not isinstance(entry.get("recipe"), str) or set(entry) - set(_ENTRY_KEYS):
         raise ValueError(f"{path}: {entry!r} must be the name of a recipe, or a mapping of {', '.join(_ENTRY_KEYS)}")
     changes, seeds, grid = entry.get("set") or {}, entry.get("seeds"), entry.get("grid", [{}])
-    if not isinstance(changes, dict) or not isinstance(seeds, list | None):
-        raise ValueError(f"{path}: in {entry!r}, seeds must be a list and set a mapping")
+    if not isinstance(changes, dict) or not isinstance(seeds, list | None) or seeds == []:
+        raise ValueError(f"{path}: in {entry!r}, seeds must be a list of one or more, and set a mapping")
     if not isinstance(grid, list) or not grid or not all(isinstance(point, dict) for point in grid):
         raise ValueError(f"{path}: in {entry!r}, grid must be a list of mappings")
     points = []
@@ -244,8 +244,9 @@ def train_many(
                 if part_size and main:
                     split_weights(folder, part_size)
                 outcomes[place] = Outcome(recipe, "finished", metrics, scores)
-        except (ValueError, RuntimeError, OSError) as error:
-            outcomes[place] = Outcome(recipe, "failed", error=" ".join(str(error).split()))
+        except Exception as error:  # one line each, whatever a library raises
+            kind = "" if isinstance(error, (ValueError, RuntimeError, OSError)) else f"{type(error).__name__}: "
+            outcomes[place] = Outcome(recipe, "failed", error=kind + " ".join(str(error).split()))
         if main:
             _write_summary(Path(output) / summary, outcomes)
     return outcomes

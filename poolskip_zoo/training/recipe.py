@@ -314,6 +314,8 @@ def _check_range(key: str, value: Any) -> None:
         raise ValueError(f"recipe key {key}={value!r} must be {bounds}")
     if isinstance(value, float) and value == float("inf"):
         raise ValueError(f"recipe key {key}={value!r} must be finite")
+    if key == "image_size" and 0 < value < 8:
+        raise ValueError(f"recipe key image_size={value!r} must be 0 or at least 8")
     if key == "name" and (not value or "/" in value or value.startswith(".")):
         raise ValueError(f"recipe key name={value!r} must be a plain file name such as resnet20_cifar.c10")
 
@@ -335,6 +337,8 @@ def _check_task(recipe: Recipe) -> None:
         raise ValueError(f"recipe key crop_size={recipe.crop_size} must be height and width, multiples of 32")
     if recipe.window and (len(recipe.window) != 2 or any(size < 32 or size % 32 for size in recipe.window)):
         raise ValueError(f"recipe key window={recipe.window} must be empty or height and width, multiples of 32")
+    if recipe.loss == "dice" and (recipe.label_smoothing or recipe.class_weights != "none"):
+        raise ValueError("recipe keys label_smoothing and class_weights have no meaning for loss='dice' alone")
     if len(recipe.scale) != 2 or not 0 < recipe.scale[0] <= recipe.scale[1] < float("inf"):
         raise ValueError(f"recipe key scale={recipe.scale} must be a least and a greatest factor, above 0")
 

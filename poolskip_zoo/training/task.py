@@ -192,7 +192,11 @@ class SegmentationLoss(nn.Module):
         loss = logits.new_zeros(())
         if "ce" in self.kind.split("+"):
             settings: dict[str, Any] = {"weight": self.weights, "label_smoothing": self.label_smoothing}
-            loss = loss + pixel_cross_entropy(logits, labels, self.void, **settings)
+            total = pixel_cross_entropy(logits, labels, self.void, reduction="sum", **settings)
+            seen = (labels != self.void).float()
+            weights = seen if self.weights is None else seen * self.weights[(labels * seen).long()]
+            # The mean, and 0 where all is void.
+            loss = loss + total / weights.sum().clamp(min=1e-12)
         if "dice" in self.kind.split("+"):
             loss = loss + self.dice(logits, labels)
         return loss

@@ -23,6 +23,22 @@ class PoolSkipHead(SegmentationModel):
         # the Hub leave the model in training mode.
         return super()._from_pretrained(**{**kwargs, "encoder_weights": None}).eval()
 
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
+        """Make smp's card, with the import by which smp knows the class.
+
+        Args:
+            args: positional arguments of smp's method.
+            kwargs: its keywords.
+
+        Returns:
+            The `huggingface_hub.ModelCard`.
+        """
+        card = super().generate_model_card(*args, **kwargs)
+        first = "import segmentation_models_pytorch as smp\n"
+        card.text = card.text.replace(first, f"{first}\nimport poolskip_zoo  # registers the model with smp\n", 1)
+        card.data.tags.append("pool-skip")
+        return card
+
     def _add_pool_skip(self, pool_skip: dict[str, Any] | None) -> None:
         settings = checked_settings(pool_skip)
         try:
