@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 
 from . import forms, verify
-from .inputs import bounded, capture_bounded, check_dynamic, random_like, unguarded
-from .lower import as_args, blocks_of, lower_unpooling
+from .inputs import bounded, capture_bounded, check_arguments, unguarded
+from .lower import as_args, blocks_of, lower_unpooling, unpoolings
 from .targets import check_drop_in, check_target
 from .to_onnx import _block
 
@@ -95,7 +95,7 @@ def lower_for(
     check_target(target, lowering, onnx=False)
     check_drop_in(model, target, lowering)
     args = as_args(example)
-    check_dynamic(args, dynamic)
+    check_arguments(model, args, dynamic)
     check_fixed(target, dynamic)
     inputs, program = capture_bounded(model, args, dynamic)
     module = unguarded(lower_unpooling(program, target=target, lowering=lowering))
@@ -103,7 +103,6 @@ def lower_for(
         # A captured module refuses eval(), and converters warn of training.
         each.training = False
     assert isinstance(module, GraphModule)
-    inputs = inputs if dynamic else with_random(args)
     blocks = [_block(each, False) for each in blocks_of(module)]
     return Lowered(module, inputs, tuple(dynamic), blocks, unpooled_shapes(program))
 
@@ -115,10 +114,9 @@ def unpooled_shapes(program: ExportedProgram) -> list[tuple[list[int | None], li
         program: a captured program, not lowered.
 
     Returns:
-        One shape per unpooling, in the graph's order, with None for open sizes, and its sizes as captured.
+        One shape per different unpooling, in the graph's order, with None for open sizes, and its sizes as captured.
     """
-    unpools = torch.ops.aten.max_unpool2d.default, torch.ops.aten.max_unpool3d.default
-    found = [node.meta["val"].shape for node in program.graph.nodes if node.target in unpools]
+    found = [node.meta["val"].shape for node in unpoolings(program.graph)]
     return [
         (
             [size if isinstance(size, int) else None for size in shape],
@@ -176,7 +174,7 @@ def write_converted(
         report["bit_comparisons"] = check_forms(lowered.blocks, lowered.shapes, build)
         outputs = verify.check_outputs(run, model, lowered.inputs, False)
         if outputs["max_relative_error"] > outputs["tolerance"]:
-            outputs["flipped_windows"] = _flips(lowered, make, made.with_name(f"watched{path.suffix}"))
+            outputs.update(_flips(lowered, make, made.with_name(f"watched{path.suffix}")))
         report["outputs"] = outputs
         verify.judge(outputs, path)
         verify.write_report(path, report)
@@ -194,19 +192,6 @@ def of_maps(dynamic: Sequence[str]) -> tuple[str, ...]:
         Names of axes.
     """
     return tuple("height" if name == "length" else name for name in dynamic)
-
-
-def with_random(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """The example, and other values of the same shapes.
-
-    Args:
-        args: a model's arguments.
-
-    Returns:
-        Two tuples of arguments.
-    """
-    generator = torch.Generator().manual_seed(1)
-    return [args, tuple(random_like(each, each.shape, generator) for each in args)]
 
 
 def check_forms(
@@ -304,8 +289,8 @@ def _unpooled(x: Tensor, window: list[int], ceil_mode: bool, own: bool) -> Tenso
     return verify._unpool(pooled if own else -pooled, indices, list(x.shape[2:]))
 
 
-def _flips(lowered: Lowered, make: Make, path: Path) -> float:
-    """Share of windows whose maximum lies elsewhere than in eager mode; of a file that returns the pooled maps."""
+def _flips(lowered: Lowered, make: Make, path: Path) -> dict[str, float]:
+    """What `verify.flipped_windows` finds beside eager mode, of a file that returns the pooled maps."""
     module = copy.deepcopy(lowered.module)
     nodes = [node for node in module.graph.nodes if node.target in (forms.keys, forms.arith)]
     blocks = [block for block in lowered.blocks if block["lowering"] != "scatter"]
@@ -314,7 +299,7 @@ def _flips(lowered: Lowered, make: Make, path: Path) -> float:
         (node.args[1], block) for node, block in zip(nodes, blocks, strict=True) if node.args[1].op != "placeholder"
     ]
     if not pairs:
-        return 0.0
+        return verify.flipped_windows([])
     for node in module.graph.nodes:
         if node.op == "output":
             node.args = (tuple(node for node, _ in pairs),)
@@ -322,11 +307,13 @@ def _flips(lowered: Lowered, make: Make, path: Path) -> float:
     # A captured module rebuilds its outputs by the original's structure.
     module.graph.set_codegen(torch.fx.graph.CodeGen())
     module.recompile()
-    watched, run = [], make(replace(lowered, module=module), path)
-    for args in lowered.inputs:
+    run = make(replace(lowered, module=module), path)
+
+    def maps(args: tuple[Any, ...]) -> Iterator[Any]:
         with torch.no_grad():
-            ours = list(module(*args))
-        theirs = [torch.from_numpy(each) for each in run([each.numpy() for each in args])]
-        windows = [(block["window"], block["ceil_mode"]) for _, block in pairs]
-        watched.append(verify.flipped_windows(ours, theirs, windows))
-    return sum(watched) / len(watched)
+            ours = module(*args)
+        theirs = map(torch.from_numpy, run([each.numpy() for each in args]))
+        for one, other, (_, block) in zip(ours, theirs, pairs, strict=True):
+            yield one, other, block["window"], block["ceil_mode"]
+
+    return verify.flipped_windows(map(maps, lowered.inputs))

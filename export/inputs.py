@@ -1,7 +1,7 @@
 """Arguments of a model at other sizes, and which of its axes stay open."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,17 @@ __all__ = [
     "bounded",
     "capture_bounded",
     "capture_open",
-    "check_dynamic",
+    "check_arguments",
+    "first_fit",
     "open_inputs",
     "random_like",
     "run_at",
     "shapes_of",
     "unguarded",
+    "with_random",
 ]
+
+_T = TypeVar("_T")
 
 # Names of the axes after batch and channels, by their number.
 _AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
@@ -48,11 +52,12 @@ def axes_of(value: Tensor) -> dict[int, str]:
     return {0: "batch", **{i + 2: name for i, name in enumerate(_AXES[value.dim() - 2])}}
 
 
-def check_dynamic(args: tuple[Any, ...], dynamic: Sequence[str]) -> None:
-    """Refuse arguments that are no tensors or bfloat16, and names of axes that they do not have.
+def check_arguments(model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[str]) -> None:
+    """Refuse arguments that are no tensors or bfloat16, what is off the CPU, and names of axes that there are not.
 
     Args:
-        args: a model's arguments.
+        model: a module.
+        args: its arguments.
         dynamic: names of axes.
 
     Raises:
@@ -69,6 +74,10 @@ def check_dynamic(args: tuple[Any, ...], dynamic: Sequence[str]) -> None:
                 f"example: argument {i} is bfloat16, which NumPy does not have, by which files are checked: call "
                 "model.float() first and give float32"
             )
+    for name, each in (("example", args), ("model", (*model.parameters(), *model.buffers()))):
+        device = next((value.device for value in each if value.device.type != "cpu"), None)
+        if device is not None:
+            raise ValueError(f"the {name} is on {device}, and files are checked on the CPU: call {name}.cpu() first")
     if isinstance(dynamic, str):
         raise ValueError(f"dynamic={dynamic!r}: expected a tuple of names")
     known = {name for value in args for name in axes_of(value).values()}
@@ -108,26 +117,50 @@ def random_like(value: Tensor, shape: Sequence[int], generator: torch.Generator)
     return value.flatten()[torch.randint(value.numel(), tuple(shape), generator=generator)]
 
 
-def run_at(model: nn.Module, inputs: Iterable[tuple[Any, ...]]) -> None:
+def run_at(model: nn.Module, inputs: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """Run a model at several sizes.
 
     Args:
         model: a module in evaluation mode.
         inputs: its arguments.
 
+    Returns:
+        The inputs.
+
     Raises:
         RuntimeError: with what the model says of a size that it does not take, be it by an assert or a ValueError.
+        ValueError: if it returns other things than tensors and None.
     """
     for args in inputs:
         try:
             with torch.no_grad():
-                model(*args)
+                outputs = tree_leaves(model(*args))
         except (RuntimeError, AssertionError, ValueError) as error:
             raise RuntimeError(first_line(error)) from error
+        for i, each in enumerate(outputs, 1):
+            if not (each is None or isinstance(each, Tensor)):
+                raise ValueError(
+                    f"output {i} is {type(each).__name__}, and files return tensors alone: wrap the model in a module "
+                    "that leaves it out"
+                )
+    return inputs
+
+
+def with_random(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """The example, and other values of the same shapes.
+
+    Args:
+        args: a model's arguments.
+
+    Returns:
+        Two tuples of arguments.
+    """
+    generator = torch.Generator().manual_seed(1)
+    return [args, tuple(random_like(each, each.shape, generator) for each in args)]
 
 
 def open_inputs(args: tuple[Any, ...], dynamic: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
-    """Lists of arguments, those to capture with first and then some of other sizes of the open axes.
+    """Lists of arguments, those to capture with first, then some of other sizes of the open axes and the example.
 
     Args:
         args: a model's arguments.
@@ -139,11 +172,11 @@ def open_inputs(args: tuple[Any, ...], dynamic: Sequence[str]) -> Iterator[list[
     batches = (2, 1, 3) if "batch" in dynamic else (0, 0, 0)
     if any(name != "batch" for name in dynamic):
         for sizes in _OPEN_SIZES:
-            yield [_resized(args, dynamic, *each) for each in zip(batches, sizes, strict=True)]
+            yield [*(_resized(args, dynamic, *each) for each in zip(batches, sizes, strict=True)), args]
     elif dynamic:
-        yield [_resized(args, dynamic, batch, None) for batch in batches]
+        yield [*(_resized(args, dynamic, batch, None) for batch in batches), args]
     else:
-        yield [args]
+        yield with_random(args)
 
 
 def _resized(args: tuple[Any, ...], dynamic: Sequence[str], batch: int, sizes: Sequence[int] | None) -> tuple[Any, ...]:
@@ -204,8 +237,8 @@ def capture_bounded(
             )
     # Multiples of 32 where there are smaller ones.
     steps = (1, 32) if all(size > 32 for name, size in sizes if name != "batch") else (1,)
-    parts = (2, 4) if dynamic else ()
-    choices = [[args, *(_parted(args, dynamic, part, step) for part in parts)] for step in steps]
+    choices = [[args, *(_parted(args, dynamic, part, step) for part in (2, 4))] for step in steps]
+    choices = choices if dynamic else [with_random(args)]
     # What shrinks to one cell at the largest size is fixed.
     way_out = ", or a larger one"
     return _first_captured(model, choices, dynamic, lambda each: bounded(each, dynamic), way_out)
@@ -245,6 +278,43 @@ def _parted(args: tuple[Any, ...], dynamic: Sequence[str], part: int, step: int)
     return tuple(result)
 
 
+def first_fit(
+    choices: Iterable[list[tuple[Any, ...]]],
+    dynamic: Sequence[str],
+    fit: Callable[[list[tuple[Any, ...]]], _T],
+    way_out: str = "",
+) -> _T:
+    """What a function gives for the first list of arguments that it takes.
+
+    Args:
+        choices: lists of a model's arguments.
+        dynamic: names of the open axes.
+        fit: the function.
+        way_out: what else to do where it takes none, for the message.
+
+    Returns:
+        Its result.
+
+    Raises:
+        ValueError: if it takes none, with what it says of the last.
+    """
+    failure: Exception | None = None
+    for inputs in choices:
+        try:
+            return fit(inputs)
+        except (RuntimeError, AssertionError, torch._dynamo.exc.UserError) as error:
+            failure = error
+    if not dynamic:
+        shapes = [list(each.shape) for each in inputs[0]]
+        raise ValueError(
+            f"the model does not export at inputs {shapes}: {first_line(failure)}; give an example that it takes"
+        ) from failure
+    raise ValueError(
+        f"the model does not run at every size of {', '.join(dynamic)}: {first_line(failure)}; "
+        f"leave fewer axes open (dynamic=('batch',), or () for none) and give an example of the size to fix{way_out}"
+    ) from failure
+
+
 def _first_captured(
     model: nn.Module,
     choices: Iterable[list[tuple[Any, ...]]],
@@ -253,37 +323,36 @@ def _first_captured(
     way_out: str,
 ) -> tuple[list[tuple[Any, ...]], ExportedProgram]:
     """The first list of arguments at all of which the model is one function, and its capture."""
+
+    def fit(inputs: list[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], ExportedProgram]:
+        run_at(model, inputs)
+        program = capture(model, inputs[0], shapes(inputs[0]))
+        inputs = [*inputs, *_apart(program, inputs, dynamic)]
+        _check_branches(program, model, inputs[1:])
+        return inputs, program
+
     check_mode(model)
-    failure: Exception | None = None
-    for inputs in choices:
-        try:
-            if dynamic:
-                run_at(model, inputs)
-            program = capture(model, inputs[0], shapes(inputs[0]))
-            _check_open(program, inputs[0], dynamic)
-            _check_branches(program, model, inputs[1:])
-            return inputs, program
-        except (RuntimeError, AssertionError, torch._dynamo.exc.UserError) as error:
-            if not dynamic:
-                raise
-            failure = error
-    raise ValueError(
-        f"the model does not run at every size of {', '.join(dynamic)}: {first_line(failure)}; "
-        f"leave fewer axes open (dynamic=('batch',), or () for none) and give an example of the size to fix{way_out}"
-    ) from failure
+    return first_fit(choices, dynamic, fit, way_out)
 
 
-def _check_open(program: ExportedProgram, args: tuple[Any, ...], dynamic: Sequence[str]) -> None:
-    """Refuse a program that fixed an axis."""
-    names = program.graph_signature.user_inputs
+def _apart(
+    program: ExportedProgram, inputs: list[tuple[Any, ...]], dynamic: Sequence[str]
+) -> Iterator[tuple[Any, ...]]:
+    """Arguments that differ where the program lets axes of one name differ; a program that fixed one is refused."""
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    for name, value in zip(names, args, strict=True):
-        for axis, axis_name in axes_of(value).items():
-            if axis_name not in dynamic:
-                continue
-            size = nodes[str(name)].meta["val"].shape[axis]
-            if isinstance(size, int):
-                raise RuntimeError(f"it fixes {axis_name} at {size}")
+    symbols, sizes = {name: list[str]() for name in dynamic}, [list(each.shape) for each in inputs[0]]
+    for i, name in enumerate(program.graph_signature.user_inputs):
+        for axis, axis_name in axes_of(inputs[0][i]).items():
+            if axis_name in dynamic:
+                size = nodes[str(name)].meta["val"].shape[axis]
+                if isinstance(size, int):
+                    raise RuntimeError(f"it fixes {axis_name} at {size}")
+                known = symbols[axis_name]
+                known += [str(size)] if str(size) not in known else []
+                sizes[i][axis] = inputs[known.index(str(size)) % 3][i].shape[axis]
+    if any(len(known) > 1 for known in symbols.values()):
+        generator = torch.Generator().manual_seed(0)
+        yield tuple(random_like(*each, generator) for each in zip(inputs[0], sizes, strict=True))
 
 
 def unguarded(module: nn.Module) -> GraphModule:
@@ -313,7 +382,7 @@ def _check_branches(program: ExportedProgram, model: nn.Module, inputs: list[tup
             with torch.no_grad():
                 pairs = zip(tree_leaves(module(*args)), tree_leaves(model(*args)), strict=True)
                 same = all(_close(a, b) for a, b in pairs if isinstance(a, Tensor))
-        except (RuntimeError, AssertionError):
+        except (RuntimeError, AssertionError, ValueError):
             same = False
         if not same:
             raise RuntimeError(f"it takes another path at inputs {shapes}")

@@ -17,7 +17,7 @@ from ..layers import functional
 from . import forms
 from .targets import check_drop_in, check_mode, check_target
 
-__all__ = ["Block", "as_args", "blocks_of", "capture", "lower_program", "lower_unpooling"]
+__all__ = ["Block", "as_args", "blocks_of", "capture", "lower_program", "lower_unpooling", "unpoolings"]
 
 _logger = logging.getLogger(__name__)
 
@@ -207,7 +207,11 @@ def lower_program(
     module = program.module()
     assert isinstance(module, GraphModule)
     graph, choice, blocks = module.graph, check_target(target, lowering, onnx=False), []
-    for unpooling in [node for node in graph.nodes if node.target in _UNPOOLS]:
+    for unpooling, equal in unpoolings(graph).items():
+        # Exporters merge equal nodes, and each unpooling is looked for in what they write.
+        for each in equal:
+            each.replace_all_uses_with(unpooling)
+            graph.erase_node(each)
         pair = _Pair(unpooling)
         wanted = lowering if pair.pooling is None else choice.choose(pair.window, lowering)
         if wanted != "scatter":
@@ -231,6 +235,44 @@ def lower_program(
     return module
 
 
+def unpoolings(graph: Graph) -> dict[Node, list[Node]]:
+    """The different unpoolings of a graph.
+
+    Args:
+        graph: a captured program's.
+
+    Returns:
+        Each, in the graph's order, with the later ones that put the same values at the same indices.
+    """
+    found: dict[Any, list[Node]] = {}
+    for node in graph.nodes:
+        if node.target in _UNPOOLS:
+            values, indices, size = node.args[:3]
+            sizes = _value(values).shape, [_value(each) for each in size]
+            found.setdefault((_made(values), _made(indices), str(sizes)), []).append(node)
+    return {first: equal for first, *equal in found.values()}
+
+
+def _root(node: Any) -> Any:
+    """The value that some nodes hand on unchanged."""
+    while node.target in _THROUGH:
+        node = node.args[0]
+    return node
+
+
+def _from_pool(node: Any) -> bool:
+    return node.target is operator.getitem and node.args[0].target in _POOLS
+
+
+def _made(node: Any) -> Any:
+    """What makes a value: a pooling in words, for equal ones are merged too."""
+    node = _root(node)
+    if not _from_pool(node):
+        return node
+    pooling, number = node.args
+    return f"{pooling.target} {pooling.args} {pooling.kwargs} {number}"
+
+
 class _Pair:
     """An unpooling and the pooling that made its indices, if one did."""
 
@@ -238,12 +280,8 @@ class _Pair:
         self.unpooling = unpooling
         self.dims = _UNPOOLS[unpooling.target]
         self.place = f"node {unpooling.name!r} ({_source(unpooling)})"
-        self.chain: list[Any] = [unpooling.args[1]]
-        while self.chain[-1].target in _THROUGH:
-            self.chain.append(self.chain[-1].args[0])
-        indices = self.chain[-1]
-        from_pool = indices.target is operator.getitem and indices.args[0].target in _POOLS
-        self.pooling = indices.args[0] if from_pool else None
+        self.indices = _root(unpooling.args[1])
+        self.pooling = self.indices.args[0] if _from_pool(self.indices) else None
         if self.pooling is not None:
             self._read(self.pooling)
 
@@ -264,12 +302,11 @@ class _Pair:
         """Refuse indices that are made elsewhere, leave the model or are computed with."""
         way_out = "; lowering='scatter' keeps the index tensor"
         if self.pooling is None:
-            made = self.chain[-1]
             raise ValueError(
-                f"{self.place}: its indices come from {made.name!r} ({_source(made)}), not straight from a max "
-                f"pooling{way_out}"
+                f"{self.place}: its indices come from {self.indices.name!r} ({_source(self.indices)}), not straight "
+                f"from a max pooling{way_out}"
             )
-        waiting = [self.chain[-1]]
+        waiting = [self.indices]
         while waiting:
             for user in waiting.pop().users:
                 if user.target in _THROUGH:
@@ -306,9 +343,7 @@ class _Pair:
 
     def _own(self) -> Any:
         """The pooled map if nothing else is unpooled."""
-        values = self.unpooling.args[0]
-        while values.target in _THROUGH:
-            values = values.args[0]
+        values = _root(self.unpooling.args[0])
         pooled = values.target is operator.getitem and values.args == (self.pooling, 0)
         return values if pooled and self.pooling is not None else None
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 __all__ = ["Predictor"]
 
@@ -51,6 +51,8 @@ class Predictor:
         lacking = {"input_size", "mean", "std", "interpolation", "crop_pct"} - set(self.metadata)
         if lacking:
             raise ValueError(f"{path} does not say how images are prepared: {', '.join(sorted(lacking))} missing")
+        if len(self.metadata["mean"]) != 3:
+            raise ValueError(f"{path} takes images of {len(self.metadata['mean'])} channels: expected 3, RGB")
         if (self.metadata.get("crop_mode") or "center") not in ("center", "squash"):
             raise ValueError(f"crop_mode {self.metadata['crop_mode']!r}: expected center or squash")
 
@@ -69,7 +71,7 @@ class Predictor:
         """
         if not isinstance(image, Image.Image):
             with Image.open(image) as file:
-                image = file.convert("RGB")
+                image = ImageOps.exif_transpose(file).convert("RGB")
         image = image.convert("RGB")
         mask = self.metadata.get("task") == "segmentation"
         height, width = self.metadata["input_size"][-2:]

@@ -1,7 +1,7 @@
 """Existing ONNX files with max-unpooling, from any exporter, in the form that a target runs, checked there."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from . import verify
 from .rewrite_inputs import check_size, made_up, open_axes
-from .targets import Target, check_output, check_target
+from .targets import Target, check_output, check_target, kept
 from .verify import KEY, write_report
 
 __all__ = ["rewrite_onnx"]
@@ -70,18 +70,13 @@ def rewrite_onnx(
         "nodes": {"before": len(file.original.graph.node), "after": len(file.proto.graph.node)},
         "blocks": blocks,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    try:
+    with kept(path) as temporary:
         temporary.write_bytes(file.proto.SerializeToString())
         report["bit_comparisons"] = file.check_blocks(blocks, choice.runtime)
         report["outputs"] = file.check_outputs(verify.runner(temporary, choice.runtime))
-        report["outputs"]["flipped_windows"] = file.flips(blocks, choice.runtime)
+        report["outputs"].update(file.flips(blocks, choice.runtime))
         verify.judge(report["outputs"], path, "the original file")
         write_report(path, report)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return report
 
 
@@ -136,8 +131,9 @@ class _File:
                 wanted = choice.choose(window, lowering)
                 reason = None if wanted == "scatter" else unpooling.misfit(self.seen, self.open_sizes)
             used = "scatter" if reason else wanted
-            write(self.graph, unpooling, used, dims, ceil_mode, replaced)
+            # Before it is written: its values are renamed then.
             entry = {"name": unpooling.output.name, "source": named(unpooling.node), "lowering": used, "window": window}
+            write(self.graph, unpooling, used, dims, ceil_mode, replaced)
             blocks.append({**entry, "ceil_mode": ceil_mode, "own": unpooling.own, "reason": reason})
         self.replaced = replaced
         optimizer.remove_unused_nodes(self.model)
@@ -272,25 +268,26 @@ class _File:
         inputs = [tuple(map(torch.from_numpy, arrays)) for arrays in self.arrays]
         return verify.check_outputs(run, lambda *_: [torch.from_numpy(each) for each in next(outputs)], inputs, half)
 
-    def flips(self, blocks: list[dict[str, Any]], runtime: str) -> float:
-        """Share of windows whose maximum lies elsewhere than in the original."""
+    def flips(self, blocks: list[dict[str, Any]], runtime: str) -> dict[str, float]:
+        """What `verify.flipped_windows` finds beside the original."""
         pairs = [(each, b) for (each, _), b in zip(self.written, blocks, strict=True) if b["lowering"] != "scatter"]
         given = {value.name for value in self.inputs}
         asked = list(dict.fromkeys(each.x.name for each, _ in pairs if each.x.name not in given))
         if not asked:
-            return 0.0
+            return verify.flipped_windows([])
         number = len(self.proto.graph.output)
-        run, ours, theirs, windows = verify.runner(_with_outputs(self.proto, asked), runtime), [], [], []
-        for arrays, maps in zip(self.arrays, self.maps, strict=True):
+        run = verify.runner(_with_outputs(self.proto, asked), runtime)
+
+        def maps(arrays: list[np.ndarray], original: dict[str, np.ndarray]) -> Iterator[Any]:
             found = dict(zip(asked, run(arrays)[number:], strict=True))
             for each, block in pairs:
                 if each.x.name in found:
                     # Sequences are compared as maps one cell wide.
                     one = (..., None) if len(block["window"]) == 1 else ...
-                    ours.append(torch.from_numpy(maps[each.x.name][one]))
-                    theirs.append(torch.from_numpy(found[each.x.name][one]))
-                    windows.append(([*block["window"], 1][: max(2, len(block["window"]))], block["ceil_mode"]))
-        return verify.flipped_windows(ours, theirs, windows)
+                    both = (torch.from_numpy(side[each.x.name][one]) for side in (original, found))
+                    yield *both, [*block["window"], 1][: max(2, len(block["window"]))], block["ceil_mode"]
+
+        return verify.flipped_windows(map(maps, self.arrays, self.maps))
 
 
 class _Refused(RuntimeError):
@@ -305,9 +302,15 @@ def _load(source: Path) -> Any:
     if not source.is_file():
         raise ValueError(f"no such file: {source}")
     try:
-        model = onnx.load(str(source))
+        model = onnx.load(str(source), load_external_data=False)
     except Exception as error:
         raise ValueError(f"{source} is no ONNX file: {verify.first_line(error)}") from error
+    try:
+        onnx.load_external_data_for_model(model, str(source.parent))
+    except Exception as error:
+        raise ValueError(
+            f"{source} has its weights in another file: put that beside it ({verify.first_line(error)})"
+        ) from error
     if model.ByteSize() >= 2**31:
         raise ValueError(f"{source.name} has {model.ByteSize() / 1e9:.1f} GB with its weights: expected at most 2 GB")
     # Since version 4 of the format constants need not be inputs as well.

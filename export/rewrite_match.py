@@ -299,7 +299,8 @@ def _downwards(value: Any) -> list[Any]:
     found = [value]
     while len(uses := list(found[-1].uses())) == 1 and not found[-1].is_graph_output():
         node, index = uses[0]
-        if node.op_type not in _LAYOUT or index != 0:
+        # A node of the same graph, and none in a branch.
+        if node.op_type not in _LAYOUT or index != 0 or node.graph is not value.producer().graph:
             break
         found.append(node.outputs[0])
     return found

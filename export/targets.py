@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from torch import nn
 
 from ..layers import unpool
 
-__all__ = ["LOWERINGS", "TARGETS", "Target", "check_drop_in", "check_mode", "check_output", "check_target"]
+__all__ = ["LOWERINGS", "TARGETS", "Target", "check_drop_in", "check_mode", "check_output", "check_target", "kept"]
 
 # keys: a mask of ordinary operators. native: MaxPool with indices and MaxUnpool (ONNX alone). scatter: an index tensor.
 # arith: the keys without comparisons.
@@ -116,6 +118,25 @@ def check_output(path: str | Path, *suffixes: str) -> Path:
     return path
 
 
+@contextmanager
+def kept(path: Path) -> Iterator[Path]:
+    """Give a file its name once all is well.
+
+    Args:
+        path: its name.
+
+    Yields:
+        The name to write it under. After an error that file is removed, and what was at `path` stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def check_mode(model: nn.Module) -> None:
     """Refuse a model that trains: to run it would change its running statistics.
 
@@ -123,10 +144,11 @@ def check_mode(model: nn.Module) -> None:
         model: the module.
 
     Raises:
-        ValueError: if it is in training mode.
+        ValueError: if it or a module in it is in training mode.
     """
-    if model.training:
-        raise ValueError("the model is in training mode: call model.eval() first")
+    for name, module in model.named_modules():
+        if module.training:
+            raise ValueError(f"{name or 'the model'} is in training mode: call model.eval() first")
 
 
 def check_drop_in(model: nn.Module, target: str, lowering: str | None) -> None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from .converted import Lowered, check_forms, lower_for, of_maps
 from .inputs import axes_of, unguarded
 from .targets import check_output
-from .verify import KEY, Run, check_outputs, first_line, judge, write_report
+from .verify import KEY, Run, check_outputs, first_line, in_torch, judge, write_report
 
 __all__ = ["to_coreml"]
 
@@ -66,11 +66,13 @@ def to_coreml(
     report: dict[str, Any] = {"file": path.name, **facts, "checked_in": "PyTorch before the conversion; not run"}
 
     def build(side: nn.Module, inputs: tuple[Tensor, ...], form: str) -> Run:
-        return _runner(_decomposed(lower_for(side, inputs, "coreml", form, of_maps(dynamic))))
+        program = _decomposed(lower_for(side, inputs, "coreml", form, of_maps(dynamic)))
+        return in_torch(unguarded(program.module()))
 
     report.update(blocks=lowered.blocks, bit_comparisons=check_forms(lowered.blocks, lowered.shapes, build))
     program = _decomposed(lowered)
-    report["outputs"] = check_outputs(_runner(program), model, lowered.inputs, False)
+    # torch.export's own checks refuse maps of one cell.
+    report["outputs"] = check_outputs(in_torch(unguarded(program.module())), model, lowered.inputs, False)
     judge(report["outputs"], path)
     try:
         package = coremltools.convert(
@@ -145,17 +147,6 @@ def _ranges(coremltools: Any, lowered: Lowered) -> list[Any] | None:
                 shape[axis] = coremltools.RangeDim(smallest, shape[axis], shape[axis])
         ranges.append(coremltools.TensorType(shape=shape))
     return ranges
-
-
-def _runner(program: Any) -> Run:
-    # torch.export's own checks refuse maps of one cell.
-    module = unguarded(program.module())
-
-    def run(arrays: Any) -> list[Any]:
-        with torch.no_grad():
-            return [each.numpy() for each in tree_leaves(module(*map(torch.from_numpy, arrays)))]
-
-    return run
 
 
 def _check_package(spec: Any, args: tuple[Any, ...], expected: Any, path: Path) -> None:

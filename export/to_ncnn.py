@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .converted import check_fixed, check_forms, unpooled_shapes, with_random
+from .converted import check_fixed, check_forms, unpooled_shapes
+from .inputs import with_random
 from .lower import as_args, capture
 from .targets import check_output
 from .to_onnx import to_onnx
@@ -65,10 +66,10 @@ def to_ncnn(
             return _convert(file.with_suffix(".param"))
 
         report["bit_comparisons"] = check_forms(report["blocks"], shapes, build)
-        flipped = report["outputs"]["flipped_windows"]
-        report["outputs"] = {**check_outputs(run, model, with_random(args), False), "flipped_windows": flipped}
+        # Windows that flipped are those of the ONNX file.
+        report["outputs"].update(check_outputs(run, model, with_random(args), False))
         judge(report["outputs"], path)
-        report.update(file=path.name, checked_in="ncnn CPU, float32", **(metadata or {}))
+        report.update({"file": path.name, "checked_in": "ncnn CPU, float32", **(metadata or {})})
         write_report(path, report)
         for suffix in (".bin", ".param"):
             made.with_suffix(suffix).replace(path.with_suffix(suffix))

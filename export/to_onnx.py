@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,12 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 from . import verify
-from .inputs import axes_of, capture_open, check_dynamic, shapes_of, unguarded
+from .inputs import axes_of, capture_open, check_arguments, shapes_of, unguarded
 from .lower import as_args, blocks_of, lower_program
-from .targets import check_drop_in, check_output, check_target
+from .targets import check_drop_in, check_mode, check_output, check_target, kept
 from .verify import KEY, write_report
 
-__all__ = ["to_onnx"]
+__all__ = ["compared", "to_onnx"]
 
 
 def to_onnx(
@@ -69,18 +70,22 @@ def to_onnx(
         raise ValueError(f"opset={opset}: expected at least 18")
     if dynamic is None:
         dynamic = ("batch",) if choice.dynamic else ()
-    check_dynamic(args, dynamic)
+    check_arguments(model, args, dynamic)
+    check_mode(model)
     if dynamic and not choice.dynamic:
         raise ValueError(f"dynamic={tuple(dynamic)!r}: {target} takes fixed sizes alone; pass dynamic=()")
     check_drop_in(model, target, lowering)
     for name, value in model.named_parameters():
         if value.is_floating_point() and value.dtype != torch.float32:
             raise ValueError(f"{name} is {value.dtype}: call model.float() first; half=True writes float16")
+    size = sum(value.nbytes for value in (*model.parameters(), *model.buffers())) / (2 if half else 1)
+    if size >= 2**31:
+        raise ValueError(f"the model has {size / 1e9:.1f} GB of weights, and an ONNX file holds less than 2.1 GB")
     reference = model
     if half:
         if len(args) != 1:
             raise ValueError(f"half=True: the model has {len(args)} inputs, and one is supported")
-        model = _Half(model).train(model.training)
+        model = _Half(model).eval()
     inputs, program = capture_open(model, args, dynamic)
     args = inputs[0]
     with _explained():
@@ -94,23 +99,45 @@ def to_onnx(
     report = {"file": path.name, **facts, "checked_in": verify.checked_in(choice.runtime), "blocks": blocks}
     report.pop("class_names", None)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    try:
+    with kept(path) as temporary:
         temporary.write_bytes(proto.SerializeToString())
         report["bit_comparisons"] = verify.check_blocks(proto, made, blocks, choice.runtime)
         run = verify.runner(temporary, choice.runtime)
-        report["outputs"] = verify.check_outputs(run, model, inputs, half)
-        if half:
-            # For the user to judge: float16 rounds, and so flips near-ties by itself.
-            report["beside_float32"] = verify.check_outputs(run, reference, inputs, half)
-        report["outputs"]["flipped_windows"] = _flips(proto, made, lowered, inputs, blocks, choice.runtime)
+        report.update(compared(run, model, reference, inputs, path))
+        report["outputs"].update(_flips(proto, made, lowered, inputs, blocks, choice.runtime))
         verify.judge(report["outputs"], path)
         _write_beside(path, report)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return report
+
+
+def compared(
+    run: verify.Run, model: nn.Module, reference: nn.Module, inputs: list[tuple[Any, ...]], path: Path
+) -> dict[str, Any]:
+    """Compare outputs with eager mode's.
+
+    Args:
+        run: the file.
+        model: what it was made of: the model, or its float16 copy.
+        reference: the model.
+        inputs: arguments.
+        path: the file, for the message.
+
+    Returns:
+        `outputs`, and of float16 `beside_float32`: for the user to judge, for rounding flips near-ties by itself.
+
+    Raises:
+        RuntimeError: as `check_outputs`, and if float16 overflows.
+    """
+    half = model is not reference
+    result = {"outputs": verify.check_outputs(run, model, inputs, half)}
+    if half:
+        result["beside_float32"] = verify.check_outputs(run, reference, inputs, half)
+        if math.isinf(result["beside_float32"]["max_relative_error"]):
+            raise RuntimeError(
+                f"{path.name} is not kept: in float16 NaN or infinities lie elsewhere in its outputs than in float32; "
+                "leave half out"
+            )
+    return result
 
 
 class _Half(nn.Module):
@@ -185,12 +212,13 @@ def _facts(target: str, opset: int, half: bool, dynamic: Sequence[str], blocks: 
 
 def _finish(proto: Any, args: tuple[Any, ...], dynamic: Sequence[str], facts: dict[str, Any]) -> None:
     """Readable names of open axes, and the metadata."""
-    renamed = {}
+    renamed = dict[str, str]()
     for value, spec in zip(args, proto.graph.input, strict=False):
         for axis, name in axes_of(value).items():
-            dim = spec.type.tensor_type.shape.dim[axis]
-            if name in dynamic and dim.dim_param:
-                renamed[dim.dim_param] = name
+            param = spec.type.tensor_type.shape.dim[axis].dim_param
+            if name in dynamic and param and param not in renamed:
+                # Sizes of another input may be others.
+                renamed[param] = f"{name}_{spec.name}" if name in renamed.values() else name
     for spec in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in spec.type.tensor_type.shape.dim:
             if dim.dim_param in renamed:
@@ -210,8 +238,8 @@ def _flips(
     inputs: list[tuple[Any, ...]],
     blocks: list[dict[str, Any]],
     runtime: str,
-) -> float:
-    """Share of windows whose maximum lies elsewhere than in eager mode."""
+) -> dict[str, float]:
+    """What `verify.flipped_windows` finds beside eager mode."""
     import onnx
 
     from .onnx_forms import OPERATORS
@@ -224,7 +252,7 @@ def _flips(
     names = [made[i].inputs[-1].name for i in chosen]
     asked = list(dict.fromkeys(name for name in names if name not in given))
     if not asked:
-        return 0.0
+        return verify.flipped_windows([])
     extended = onnx.ModelProto()
     extended.CopyFrom(proto)
     known = {value.name: value for value in (*proto.graph.value_info, *proto.graph.output)}
@@ -232,18 +260,17 @@ def _flips(
     extended.graph.output.extend(known[name] for name in asked)
     run = verify.runner(extended.SerializeToString(), runtime)
 
-    ours, theirs, windows = [], [], []
-    for args in inputs:
+    def maps(args: tuple[Any, ...]) -> Iterator[Any]:
+        watch = _Watch(lowered, pooled)
         with torch.no_grad():
-            watch = _Watch(lowered, pooled)
             watch.run(*args)
         outputs = dict(zip(asked, run([each.numpy() for each in args]), strict=True))
         for i, node, name in zip(chosen, pooled, names, strict=True):
             if name in outputs:
-                ours.append(watch.seen[node])
-                theirs.append(torch.from_numpy(outputs[name]))
-                windows.append((blocks[i]["window"], blocks[i]["ceil_mode"]))
-    return verify.flipped_windows(ours, theirs, windows)
+                theirs = torch.from_numpy(outputs[name])
+                yield watch.seen[node], theirs, blocks[i]["window"], blocks[i]["ceil_mode"]
+
+    return verify.flipped_windows(map(maps, inputs))
 
 
 class _Watch(torch.fx.Interpreter):

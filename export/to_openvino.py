@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .inputs import random_like
 from .lower import as_args
 from .targets import check_output
-from .to_onnx import to_onnx
-from .verify import KEY, check_outputs, judge, runner, write_report
+from .to_onnx import _Half, compared, to_onnx
+from .verify import KEY, judge, runner, write_report
 
 __all__ = ["to_openvino"]
 
@@ -65,14 +65,15 @@ def to_openvino(
         program = openvino.Core().read_model(str(onnx_file))
         program.set_rt_info(json.dumps({**facts, **(metadata or {})}), KEY)
         openvino.save_model(program, str(converted), compress_to_fp16=half)
-        generator = torch.Generator().manual_seed(1)
+        args, generator = as_args(example), torch.Generator().manual_seed(1)
         inputs = [
-            tuple(random_like(*each, generator) for each in zip(as_args(example), shapes, strict=True))
+            tuple(random_like(*each, generator) for each in zip(args, shapes, strict=True))
             for shapes in report["outputs"]["inputs"]
         ]
-        flipped = report["outputs"]["flipped_windows"]
-        report["outputs"] = check_outputs(runner(converted, "openvino"), model, inputs, half)
-        report["outputs"]["flipped_windows"] = flipped
+        judged = _Half(model).eval() if half else model
+        found = compared(runner(converted, "openvino"), judged, model, [*inputs, args], path)
+        # Windows that flipped are those of the ONNX file.
+        report.update(found, outputs={**report["outputs"], **found["outputs"]})
         judge(report["outputs"], path)
         report["file"] = path.name
         write_report(path, report)

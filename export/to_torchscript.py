@@ -2,16 +2,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .inputs import check_dynamic, open_inputs, run_at, unguarded
+from .inputs import check_arguments, first_fit, open_inputs, run_at, unguarded
 from .lower import as_args, lower_unpooling
-from .targets import check_mode, check_output
-from .verify import KEY, check_outputs, first_line, judge, write_report
+from .targets import check_mode, check_output, kept
+from .verify import KEY, check_outputs, in_torch, judge, write_report
 
 __all__ = ["to_torchscript"]
 
@@ -50,28 +51,17 @@ def to_torchscript(
         raise ValueError(f"method={method!r}: expected 'trace' or 'script'")
     check_mode(model)
     path, args = check_output(path, ".pt", ".pth", ".ts", ".jit", ".torchscript"), as_args(example)
-    check_dynamic(args, dynamic)
+    check_arguments(model, args, dynamic)
     with torch.no_grad():
-        inputs = _inputs(model, args, dynamic)
+        inputs = first_fit(open_inputs(args, dynamic), dynamic, partial(run_at, model))
         module = torch.jit.script(model) if method == "script" else _trace(model, inputs[0])
     report = {"file": path.name, "method": method, "dynamic": list(dynamic), **(metadata or {})}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    try:
+    with kept(path) as temporary:
         torch.jit.save(module, temporary, _extra_files={KEY: json.dumps(report)})
-        loaded = torch.jit.load(temporary)
-
-        def run(arrays: Any) -> list[Any]:
-            with torch.no_grad():
-                return [each.numpy() for each in _leaves(loaded(*map(torch.from_numpy, arrays)))]
-
-        report["outputs"] = check_outputs(run, model, inputs, False)
+        report["outputs"] = check_outputs(in_torch(torch.jit.load(temporary)), model, inputs, False)
         judge(report["outputs"], path)
         report.pop("class_names", None)
         write_report(path, report)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return report
 
 
@@ -86,22 +76,3 @@ def _trace(model: nn.Module, args: tuple[Any, ...]) -> Any:
         if "cond must be a bool" not in str(error):
             raise
     return torch.jit.trace(unguarded(lower_unpooling(model, args)), args, check_trace=False, strict=False)
-
-
-def _inputs(model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[str]) -> list[tuple[Any, ...]]:
-    """Arguments of several sizes of the open axes."""
-    for inputs in open_inputs(args, dynamic):
-        try:
-            run_at(model, inputs)
-            return inputs
-        except RuntimeError as error:
-            failure = error
-    raise ValueError(
-        f"the model does not run at every size of {', '.join(dynamic)}: {first_line(failure)}; leave fewer axes open"
-    ) from failure
-
-
-def _leaves(outputs: Any) -> list[Tensor]:
-    from torch.utils._pytree import tree_leaves
-
-    return [each for each in tree_leaves(outputs) if isinstance(each, Tensor)]

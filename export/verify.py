@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .onnx_forms import Translation
 
@@ -19,6 +20,7 @@ __all__ = [
     "checked_in",
     "first_line",
     "flipped_windows",
+    "in_torch",
     "judge",
     "relative_error",
     "runner",
@@ -32,6 +34,8 @@ Run = Callable[[Sequence[Any]], list[Any]]
 
 _Shape = list[int | None]
 _Cases = Iterator[tuple[str, list[Tensor], Tensor]]
+# A pooled map of eager mode, the same in the runtime, window and `ceil_mode`.
+_Map = tuple[Tensor, Tensor, list[int], bool]
 
 # Height, width and depth where the file leaves them open: odd, divisible, and below most windows.
 _SIZES = ([17, 13, 9], [8, 12, 4], [5, 6, 7])
@@ -85,6 +89,24 @@ def runner(model: str | Path | bytes, runtime: str) -> Run:
     return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
 
 
+def in_torch(module: Callable[..., Any]) -> Run:
+    """PyTorch as a runtime.
+
+    Args:
+        module: what is run.
+
+    Returns:
+        A function from input arrays to output arrays.
+    """
+
+    def run(arrays: Sequence[Any]) -> list[Any]:
+        with torch.no_grad():
+            outputs = tree_leaves(module(*map(torch.from_numpy, arrays)))
+        return [each.numpy() for each in outputs if isinstance(each, Tensor)]
+
+    return run
+
+
 def first_line(error: BaseException | None) -> str:
     """What an exception says, in one line.
 
@@ -131,11 +153,9 @@ def check_outputs(run: Run, reference: Callable[..., Any], inputs: list[tuple[An
         Largest relative error, share of equal classes and the shapes, JSON-ready.
 
     Raises:
-        RuntimeError: if the export fails at a size, or gives another shape.
+        RuntimeError: if the export fails at a size, gives another shape, or there is no number to compare.
     """
-    from torch.utils._pytree import tree_leaves
-
-    worst, agree, total, shapes = 0.0, 0, 0, []
+    worst, agree, total, shapes, numbers = 0.0, 0, 0, [], []
     for args in inputs:
         given = [list(each.shape) for each in args]
         with torch.no_grad():
@@ -151,14 +171,21 @@ def check_outputs(run: Run, reference: Callable[..., Any], inputs: list[tuple[An
                     f"at input {given} the exported file gives shape {list(got.shape)}, the model {list(target.shape)}"
                 )
             worst = max(worst, relative_error(got, target))
+            if target.is_floating_point():
+                numbers.append(bool(target.isfinite().any()))
             if target.dim() > 1 or not target.is_floating_point():
                 same = _classes(got) == _classes(target)
                 agree, total = agree + int(same.sum()), total + same.numel()
         shapes.append(given)
+    if numbers and not any(numbers):
+        raise RuntimeError(
+            f"nothing can be compared: the model returns no finite number at inputs {shapes}; give an example for "
+            "which it does" + ", or leave half out: float16 ends at 65504" * half
+        )
     return {
         "max_relative_error": worst,
         "tolerance": TOLERANCE[half],
-        "agreement": agree / total if total else 1.0,
+        "agreement": agree / total if total else float(worst <= TOLERANCE[half]),
         "inputs": shapes,
     }
 
@@ -194,7 +221,7 @@ def judge(outputs: dict[str, Any], path: Path, reference: str = "eager mode") ->
     """Refuse a file that differs from a reference by more than flipped near-ties explain.
 
     Args:
-        outputs: what `check_outputs` found, with `flipped_windows` where that was measured.
+        outputs: what `check_outputs` found, with what `flipped_windows` did where that was measured.
         path: the file, for the message.
         reference: what it is compared with, for the message.
 
@@ -202,7 +229,7 @@ def judge(outputs: dict[str, Any], path: Path, reference: str = "eager mode") ->
         RuntimeError: naming the measured and the allowed difference.
     """
     error, limit = outputs["max_relative_error"], outputs["tolerance"]
-    flipped = outputs.get("flipped_windows", 0.0)
+    flipped, before = outputs.get("flipped_windows", 0.0), outputs.get("error_where_flipped", 0.0)
     close = error <= limit
     if math.isinf(error):
         raise RuntimeError(
@@ -213,6 +240,12 @@ def judge(outputs: dict[str, Any], path: Path, reference: str = "eager mode") ->
         raise RuntimeError(
             f"{path.name} is not kept: its outputs differ from {reference}'s by {error:.1e} of the largest (allowed: "
             f"{limit:.0e}) at inputs {outputs['inputs']}, and no near-tie flipped"
+        )
+    if not close and before > limit:
+        raise RuntimeError(
+            f"{path.name} is not kept: its outputs differ from {reference}'s by {error:.1e} of the largest (allowed: "
+            f"{limit:.0e}) at inputs {outputs['inputs']}, and no near-tie explains it: the first map with a window "
+            f"that flipped differs by {before:.1e} itself"
         )
     if not close and outputs["agreement"] < AGREEMENT:
         raise RuntimeError(
@@ -233,22 +266,26 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     temporary.replace(path.with_name(f"{path.name}.json"))
 
 
-def flipped_windows(ours: list[Tensor], theirs: list[Tensor], windows: list[tuple[list[int], bool]]) -> float:
-    """Share of pooling windows whose maximum lies elsewhere in the two runs, as it may between near-equal values.
+def flipped_windows(inputs: Iterable[Iterable[_Map]]) -> dict[str, float]:
+    """Pooling windows whose maximum lies elsewhere in the two runs, as it may between near-equal values.
 
     Args:
-        ours: the pooled maps in eager mode.
-        theirs: the same in the runtime.
-        windows: window and `ceil_mode` of each.
+        inputs: for each input the pooled maps in the graph's order.
 
     Returns:
-        A share of 1.
+        `flipped_windows`, their share, and `error_where_flipped`, the largest relative error of a map in which, first
+        of an input's, some flipped: small where near-ties are the cause, and not another error before them.
     """
-    flipped = total = 0
-    for a, b, (window, ceil_mode) in zip(ours, theirs, windows, strict=True):
-        places = [_indices(each.float(), window, ceil_mode) for each in (a, b)]
-        flipped, total = flipped + int((places[0] != places[1]).sum()), total + places[0].numel()
-    return flipped / total if total else 0.0
+    flipped, total, worst = 0, 0, 0.0
+    for maps in inputs:
+        before = flipped
+        for ours, theirs, window, ceil_mode in maps:
+            places = [_pool(each.float(), window, ceil_mode)[1] for each in (ours, theirs)]
+            different = int((places[0] != places[1]).sum())
+            if different and flipped == before:
+                worst = max(worst, relative_error(theirs, ours))
+            flipped, total = flipped + different, total + places[0].numel()
+    return {"flipped_windows": flipped / total if total else 0.0, "error_where_flipped": worst}
 
 
 def check_blocks(model: Any, made: list[Translation], blocks: list[dict[str, Any]], runtime: str) -> int:
@@ -338,10 +375,6 @@ def _scatter_cases(block: dict[str, Any], values_shape: _Shape, _: _Shape, outpu
 def _pool(x: Tensor, window: list[int], ceil_mode: bool) -> tuple[Tensor, Tensor]:
     function = F.max_pool2d if len(window) == 2 else F.max_pool3d
     return function(x, window, window, ceil_mode=ceil_mode, return_indices=True)
-
-
-def _indices(x: Tensor, window: list[int], ceil_mode: bool) -> Tensor:
-    return _pool(x, window, ceil_mode)[1]
 
 
 def _unpool(values: Tensor, indices: Tensor, size: list[int]) -> Tensor:

@@ -2,16 +2,16 @@
 
 import json
 from fnmatch import filter as matching
-from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from contract.common import enliven
 from export_nets import PairNet, SegNet
 
 from poolskip_zoo.export import to_exported_program, to_onnx, to_openvino, to_torchscript
+from poolskip_zoo.export.converted import lower_for
 from poolskip_zoo.export.inputs import capture_open
 from poolskip_zoo.export.to_onnx import _Half
 from poolskip_zoo.layers import add_pool_skip, pool_skip_modules
@@ -124,7 +124,7 @@ def test_every_tiny_variant(tmp_path, name):
     x = torch.randn(1, *model.pretrained_cfg["input_size"])
     report = to_onnx(model, x, tmp_path / "net.onnx", dynamic=OPEN)
     assert len(report["blocks"]) == len(pool_skip_modules(model))
-    assert len({str(shape) for shape in report["outputs"]["inputs"]}) == 3
+    assert len({str(shape) for shape in report["outputs"]["inputs"]}) == 4
 
 
 class Branches(PairNet):
@@ -180,9 +180,12 @@ def test_one_full_size_of_each_family(tmp_path, name):
 def test_every_head(tmp_path, head, encoder):
     smp = pytest.importorskip("segmentation_models_pytorch")
     model = enliven(smp.create_model(head, encoder, encoder_weights=None, classes=5)).eval()
+    for layer in pool_skip_modules(model).values():
+        # A random net is chaotic: at full weight one near-tie that flips changes a quarter of all windows after it.
+        layer.conv.weight.data.mul_(0.02)
     report = to_onnx(model, torch.randn(2, 3, 96, 128), tmp_path / "net.onnx", dynamic=OPEN)
     assert len(report["blocks"]) == len(pool_skip_modules(model))
-    assert len({str(shape) for shape in report["outputs"]["inputs"]}) == 3
+    assert len({str(shape) for shape in report["outputs"]["inputs"]}) == 4
 
 
 # --- inputs and outputs of other kinds
@@ -206,7 +209,7 @@ def test_inputs_and_outputs_of_every_kind(tmp_path):
     image = torch.randint(0, 256, (1, 4, 9, 9), dtype=torch.uint8)
     example = torch.randn(1, 4, 9, 9), image, torch.tensor([6]), torch.tensor(2.0)
     report = to_openvino(Kinds().eval(), example, tmp_path / "net.xml")
-    assert [shapes[1:3] for shapes in report["outputs"]["inputs"]] == [[[n, 4, 9, 9], [n]] for n in (2, 1, 3)]
+    assert [shapes[1:3] for shapes in report["outputs"]["inputs"]] == [[[n, 4, 9, 9], [n]] for n in (2, 1, 3, 1, 1)]
     assert report["outputs"]["agreement"] == 1
 
 
@@ -224,9 +227,11 @@ def test_integers_and_truth_values_are_made_of_the_example():
     """At other sizes too; others may mean nothing to the model."""
     example = torch.randint(100, 103, (1, 3, 9, 9), dtype=torch.uint8), torch.tensor([[True, True]])
     inputs, _ = capture_open(Both().eval(), example, OPEN)
-    assert [list(image.shape) for image, _ in inputs] == [[2, 3, 193, 161], [1, 3, 257, 289], [3, 3, 47, 33]]
+    shapes = [[2, 3, 193, 161], [1, 3, 257, 289], [3, 3, 47, 33], [1, 3, 9, 9]]
+    assert [list(image.shape) for image, _ in inputs] == shapes
+    assert inputs[-1] == example
     assert all(image.dtype == torch.uint8 and {*image.unique().tolist()} == {100, 101, 102} for image, _ in inputs)
-    assert [list(flags.shape) for _, flags in inputs] == [[2, 2], [1, 2], [3, 2]]
+    assert [list(flags.shape) for _, flags in inputs] == [[2, 2], [1, 2], [3, 2], [1, 2]]
     assert all(flags.all() for _, flags in inputs)
 
 
@@ -258,14 +263,39 @@ def test_bfloat16_is_refused(tmp_path, write, suffix):
         write(PairNet(2).eval().bfloat16(), torch.randn(1, 4, 9, 9).bfloat16(), tmp_path / f"net.{suffix}")
 
 
+@pytest.mark.parametrize("part", ["the model", "0"])
 @pytest.mark.parametrize("write", [to_onnx, to_exported_program, to_torchscript])
-def test_a_model_that_trains_keeps_its_statistics(tmp_path, write):
+def test_a_model_that_trains_keeps_its_statistics(tmp_path, write, part):
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(4), PairNet(2))
+    model.train(part == "the model")[0].train()
     suffix = {to_onnx: "onnx", to_exported_program: "pt2"}.get(write, "pt")
-    with pytest.raises(ValueError, match=r"^the model is in training mode: call model\.eval\(\) first$"):
+    with pytest.raises(ValueError, match=rf"^{part} is in training mode: call model\.eval\(\) first$"):
         write(model, torch.randn(2, 4, 9, 9), tmp_path / f"net.{suffix}")
-    assert model.training
+    assert model[0].training
     assert model[0].num_batches_tracked == 0
+
+
+class Two(torch.nn.Module):
+    """Two images, each of a size of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = PairNet(2)
+
+    def forward(self, x, z):
+        return self.net(x).tanh(), self.net(z).tanh().mean((2, 3))
+
+
+def test_sizes_of_two_inputs_are_apart(tmp_path):
+    model, path = Two().eval(), tmp_path / "net.onnx"
+    report = to_onnx(model, (torch.randn(1, 4, 24, 16), torch.randn(1, 4, 12, 9)), path, dynamic=OPEN)
+    assert report["outputs"]["inputs"][-1] == [[2, 4, 193, 161], [1, 4, 257, 289]]
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    shapes = [["batch", 4, "height", "width"], ["batch_z", 4, "height_z", "width_z"]]
+    assert [each.shape for each in session.get_inputs()] == shapes
+    x, z = torch.randn(2, 4, 30, 20), torch.randn(3, 4, 11, 16)
+    for got, expected in zip(session.run(None, {"x": x.numpy(), "z": z.numpy()}), model(x, z), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), expected.detach(), rtol=1e-4, atol=1e-5)
 
 
 class Multiples(PairNet):
@@ -289,61 +319,32 @@ class Multiples(PairNet):
 def test_models_that_check_their_sizes(error, says):
     x = torch.randn(1, 4, 64, 64)
     inputs, _ = capture_open(Multiples(32, error).eval(), (x,), OPEN)
-    assert [list(each.shape[2:]) for (each,) in inputs] == [[192, 160], [256, 288], [64, 96]]
+    assert [list(each.shape[2:]) for (each,) in inputs] == [[192, 160], [256, 288], [64, 96], [64, 64]]
     with pytest.raises(ValueError, match=f"not run at every size of batch, height, width: {says}; leave fewer"):
         capture_open(Multiples(37, error).eval(), (x,), OPEN)
 
 
-# --- failed checks leave nothing
+class Twice(torch.nn.Module):
+    """The same values at the same places for two decoders, and for a third that pools once more."""
+
+    def forward(self, x):
+        x = x.sin()
+        y, indices = F.max_pool2d(x, 2, return_indices=True)
+        z, again = F.max_pool2d(x, 2, return_indices=True)
+        pairs = ((y, indices), (y, indices), (z, again), (y + 1, indices))
+        return [F.max_unpool2d(*pair, 2, output_size=x.shape[2:]) + i for i, pair in enumerate(pairs)]
 
 
-@pytest.mark.parametrize(
-    ("output", "changed", "says"),
-    [
-        (torch.randn(2, 3, 4), lambda y: y * np.nan, "NaN or infinities lie elsewhere"),
-        (torch.randn(2, 3, 4), lambda y: np.where(y == y.max(), np.inf, y), "NaN or infinities lie elsewhere"),
-        (torch.tensor([[1.0, torch.nan]]), lambda y: np.nan_to_num(y, nan=2.0), "NaN or infinities lie elsewhere"),
-        (torch.randint(0, 9, (2, 5, 5)), lambda y: (y + 1) % 9, "its outputs differ"),
-        (torch.randn(2, 5) > 0, lambda y: ~y, "its outputs differ"),
-    ],
-    ids=["NaN", "infinite", "no NaN", "classes", "truth values"],
-)
-def test_wrong_values_of_every_kind_are_refused(output, changed, says):
-    from poolskip_zoo.export import verify
-
-    found = verify.check_outputs(lambda _: [changed(output.numpy())], lambda: output, [()], False)
-    with pytest.raises(RuntimeError, match=rf"net\.onnx is not kept: {says}"):
-        verify.judge(found, Path("net.onnx"))
+def test_equal_unpoolings_are_one(tmp_path):
+    model, x = Twice().eval(), torch.randn(1, 4, 9, 9)
+    assert len(to_onnx(model, x, tmp_path / "net.onnx")["blocks"]) == 2
+    lowered = lower_for(model, x, "litert")
+    assert len(lowered.blocks) == len(lowered.shapes) == 2
+    for got, expected in zip(lowered.module(x), model(x), strict=True):
+        assert torch.equal(got, expected)
 
 
-def test_equal_infinities_are_no_difference():
-    from poolskip_zoo.export import verify
-
-    output = torch.tensor([[1.0, torch.inf, -torch.inf, torch.nan], [2.0, 3.0, -4.0, 0.0]])
-    found = verify.check_outputs(lambda _: [output.numpy() * np.float32(1.25)], lambda: output, [()], False)
-    assert found["max_relative_error"] == 0.25
-
-
-def test_a_wrong_unpooling_leaves_no_file(tmp_path, monkeypatch):
-    from poolskip_zoo.export import onnx_forms
-
-    # All equal maxima in place of the first one.
-    monkeypatch.setattr(onnx_forms._Writer, "first", lambda self, is_max, pooled: is_max)
-    with pytest.raises(RuntimeError, match=r"max_unpool2d.*export_nets\.py.*'keys' differs from torch .* on ties"):
-        to_onnx(PairNet(2).eval(), torch.randn(1, 4, 9, 9), tmp_path / "net.onnx")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_wrong_model_leaves_no_file(tmp_path, monkeypatch):
-    from poolskip_zoo.export import verify
-
-    good = verify.runner
-    wrong = lambda model, runtime: lambda arrays: [each * np.float32(1.01) for each in good(model, runtime)(arrays)]  # noqa: E731
-    monkeypatch.setattr(verify, "check_blocks", lambda *args: 0)
-    monkeypatch.setattr(verify, "runner", wrong)
-    with pytest.raises(RuntimeError, match=r"net\.onnx is not kept: its outputs differ .* by 1\.0e-02"):
-        to_onnx(PairNet(2).eval(), torch.randn(1, 4, 9, 9), tmp_path / "net.onnx")
-    assert not list(tmp_path.iterdir())
+# --- options and other formats
 
 
 @pytest.mark.parametrize(

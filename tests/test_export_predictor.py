@@ -11,6 +11,7 @@ import torch
 from export_nets import SegNet
 from PIL import Image
 
+from poolskip_zoo import export
 from poolskip_zoo.cli import main
 from poolskip_zoo.export import to_onnx, to_openvino
 from poolskip_zoo.export.predictor import Predictor
@@ -21,6 +22,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 NAME = "test_resnet_poolskip"
+CARDS = Path(__file__).resolve().parent.parent / "hub_cards"
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,11 @@ def test_files_that_are_none_of_ours(tmp_path):
     onnx.save(model, tmp_path / "net.onnx")
     with pytest.raises(ValueError, match="how images are prepared: crop_pct, input_size"):
         Predictor(tmp_path / "net.onnx")
+    prepared = {"input_size": [1, 9, 9], "mean": [0.5], "std": [0.5], "interpolation": "bilinear", "crop_pct": 1.0}
+    helper.set_model_props(model, {"poolskip_zoo": json.dumps(prepared)})
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match="takes images of 1 channels: expected 3, RGB"):
+        Predictor(tmp_path / "net.onnx")
     with pytest.raises(ValueError, match="runtime='tvm': expected one of onnxruntime, openvino"):
         Predictor(tmp_path / "net.onnx", "tvm")
 
@@ -182,24 +189,50 @@ def test_command(tmp_path, capsys):
     assert "largest relative error" in out
     metadata = Predictor(path).metadata
     assert metadata["input_size"] == [3, 64, 96]
-    assert metadata["checkpoint"].startswith(NAME)
+    assert "checkpoint" not in metadata
     assert len(metadata["class_names"]) == 1000
 
 
 def test_command_on_a_folder_and_other_formats(tmp_path):
-    folder = Path(__file__).resolve().parent.parent / "hub_cards" / "resnet20_cifar_poolskip.c10"
-    assert main(["export", str(folder), "--output", str(tmp_path / "net.pt")]) == 0
+    folder = CARDS / "resnet20_cifar_poolskip.c10"
+    assert main(["export", str(folder), "--output", str(tmp_path / "net.pth")]) == 0
     extra = {"poolskip_zoo": ""}
-    torch.jit.load(tmp_path / "net.pt", _extra_files=extra)
-    assert json.loads(extra["poolskip_zoo"])["class_names"][0] == "airplane"
+    torch.jit.load(tmp_path / "net.pth", _extra_files=extra)
+    facts = json.loads(extra["poolskip_zoo"])
+    assert facts["class_names"][0] == "airplane"
+    assert facts["checkpoint"] == "resnet20_cifar_poolskip.c10"
     assert main(["export", NAME, "--no-pretrained", "--size", "64", "64", "--output", str(tmp_path / "net.pt2")]) == 0
     assert (tmp_path / "net.pt2").is_file()
+
+
+def test_command_on_a_segmentation_checkpoint(tmp_path, monkeypatch, capsys):
+    """And the size that it prints is that of both files."""
+    seen = {}
+
+    def write(model, example, path, metadata):
+        seen.update(metadata, shapes=[list(example.shape), list(model(example).shape)])
+        path.write_bytes(b"0" * 100_000)
+        path.with_suffix(".bin").write_bytes(b"0" * 500_000)
+        return {"outputs": {"max_relative_error": 0.0, "agreement": 1.0, "inputs": []}}
+
+    monkeypatch.setattr(export, "to_openvino", write)
+    path = tmp_path / "net.xml"
+    assert main(["export", "unet_resnet18_poolskip.camvid_r180", "--no-pretrained", "--output", str(path)]) == 0
+    assert f"{path} (0.6 MB)" in capsys.readouterr().out
+    assert seen["shapes"] == [[1, 3, 192, 192], [1, 11, 192, 192]]
+    assert (seen["task"], seen["input_size"], seen["class_names"][:2]) == (
+        "segmentation",
+        [3, 192, 192],
+        ["Sky", "Building"],
+    )
+    assert "checkpoint" not in seen
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["no_such_model"], "unknown model 'no_such_model'"),
+        ([str(CARDS / "unet_resnet18_poolskip.camvid_r180")], "is a segmentation folder: load its model in Python"),
         ([NAME], f"{NAME} has no weights; --no-pretrained"),
         (
             [NAME, "--no-pretrained", "--output", "net.pt", "--half"],

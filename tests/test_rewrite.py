@@ -27,6 +27,7 @@ def test_crossing_pairs_of_maxunpool(tmp_path, opset):
         ("keys", [2, 3], True),
         ("keys", [2, 2], False),
     ]
+    assert {block["name"] for block in report["blocks"]} == {"maxunpool_7_0", "maxunpool_9_0"}
     assert report["bit_comparisons"] == 6
     assert report["original_in"] == "onnxruntime"
     assert report["outputs"]["max_relative_error"] == 0
@@ -102,6 +103,18 @@ def test_an_if_elsewhere_stays(tmp_path):
     for scale in (1, 9):
         x = (scale * np.random.default_rng(scale).standard_normal((2, 3, 9, 7))).astype(np.float32)
         np.testing.assert_array_equal(run(tmp_path / "out.onnx", x), run(source, x))
+
+
+def test_an_if_that_reads_the_unpooled_map_stays(tmp_path):
+    net = Net(2, 3, 6, 8)
+    pooled, indices = net.MaxPool("x", kernel_shape=[2, 2], strides=[2, 2], outputs=2)
+    y = net.MaxUnpool(pooled, indices, kernel_shape=[2, 2], strides=[2, 2])
+    shape, branches = net.ints(3, 2, 8, 6), {}
+    branches["then_branch"] = net.inner(lambda: net.Reshape(y, shape))
+    branches["else_branch"] = net.inner(lambda: net.Reshape("x", shape))
+    source = net.save(tmp_path / "in.onnx", net.If(net.constant(True), **branches))
+    rewrite_onnx(source, tmp_path / "out.onnx")
+    same(source, tmp_path / "out.onnx", (2, 3, 6, 8))
 
 
 @pytest.mark.parametrize("four", [False, True], ids=["flat", "four"])

@@ -6,9 +6,9 @@ from rewrite_nets import Net, flat, one, operators, run, same, segnet
 
 from poolskip_zoo.export import rewrite_onnx
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 
-from onnx import TensorProto
+from onnx import TensorProto  # noqa: E402
 
 
 def used(path, more):
@@ -188,6 +188,15 @@ def test_options_are_checked(tmp_path, source, path, options, says):
         rewrite_onnx(tmp_path / source, tmp_path / path, **options)
 
 
+def test_weights_in_a_file_that_is_not_there(tmp_path):
+    source = segnet(tmp_path / "in.onnx")
+    onnx.save(onnx.load(str(source)), str(source), save_as_external_data=True, location="weights", size_threshold=0)
+    rewrite_onnx(source, tmp_path / "out.onnx")
+    (tmp_path / "weights").unlink()
+    with pytest.raises(ValueError, match=r"in\.onnx has its weights in another file: put that beside it \("):
+        rewrite_onnx(source, tmp_path / "out.onnx")
+
+
 # --- failed checks leave nothing
 
 
@@ -215,3 +224,27 @@ def test_wrong_outputs_leave_no_file(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"out\.onnx is not kept: .* differ from the original file's by 1\.0e-02"):
         rewrite_onnx(source, tmp_path / "out.onnx")
     assert [each.name for each in tmp_path.iterdir()] == ["in.onnx"]
+
+
+def test_flips_excuse_no_error_before_them(tmp_path, monkeypatch):
+    """The new file runs on other inputs; its one output is positive, so that no class changes."""
+    from poolskip_zoo.export import rewrite, verify
+
+    net, good = Net(2, 3, 8, 12), verify.runner
+    a = net.conv("x", 3, 4)
+    pooled, indices = net.MaxPool(a, kernel_shape=[2, 2], strides=[2, 2], outputs=2)
+    source = net.save(tmp_path / "in.onnx", net.Sigmoid(net.ReduceMin(flat(net, pooled, indices, x=a))))
+
+    def wrong(model, runtime):
+        return lambda arrays: good(model, runtime)([each + np.float32(0.1) * each[..., ::-1] for each in arrays])
+
+    monkeypatch.setattr(rewrite._File, "check_blocks", lambda *args: 0)
+    monkeypatch.setattr(rewrite, "_start", lambda model: (good(_bytes(model), "onnxruntime"), "onnxruntime"))
+    monkeypatch.setattr(verify, "runner", wrong)
+    with pytest.raises(RuntimeError, match=r"the first map with a window that flipped differs by \d\.\de-0[12] itself"):
+        rewrite_onnx(source, tmp_path / "out.onnx")
+    assert [each.name for each in tmp_path.iterdir()] == ["in.onnx"]
+
+
+def _bytes(model):
+    return model if isinstance(model, bytes) else model.SerializeToString()

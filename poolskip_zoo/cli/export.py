@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 HELP = "export a model to ONNX, OpenVINO, TorchScript, LiteRT, ExecuTorch, …, checked in the runtime"
-# Format to the suffix of its files, its writer in `export`, and the options that it takes.
-_FORMATS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "onnx": (".onnx", "to_onnx", ("target", "lowering", "half", "dynamic", "opset")),
-    "openvino": (".xml", "to_openvino", ("lowering", "half", "dynamic")),
-    "torchscript": (".pt", "to_torchscript", ("dynamic",)),
-    "pt2": (".pt2", "to_exported_program", ("lowering", "dynamic")),
-    "coreml": (".mlpackage", "to_coreml", ("lowering", "dynamic")),
-    "litert": (".tflite", "to_litert", ("lowering", "dynamic")),
-    "executorch": (".pte", "to_executorch", ("lowering", "dynamic")),
-    "ncnn": (".param", "to_ncnn", ("dynamic",)),
+# Format to the suffixes of its files, the usual one first, its writer in `export`, and the options that it takes.
+_FORMATS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
+    "onnx": ((".onnx",), "to_onnx", ("target", "lowering", "half", "dynamic", "opset")),
+    "openvino": ((".xml",), "to_openvino", ("lowering", "half", "dynamic")),
+    "torchscript": ((".pt", ".pth", ".ts", ".jit", ".torchscript"), "to_torchscript", ("dynamic",)),
+    "pt2": ((".pt2",), "to_exported_program", ("lowering", "dynamic")),
+    "coreml": ((".mlpackage",), "to_coreml", ("lowering", "dynamic")),
+    "litert": ((".tflite",), "to_litert", ("lowering", "dynamic")),
+    "executorch": ((".pte",), "to_executorch", ("lowering", "dynamic")),
+    "ncnn": ((".param",), "to_ncnn", ("dynamic",)),
 }
 
 
@@ -69,22 +69,25 @@ def run(args: argparse.Namespace) -> int:
     for option, numbers in (("--batch", [args.batch]), ("--size", args.size or [])):
         if any(number < 1 for number in numbers):
             raise ValueError(f"{option} {' '.join(map(str, numbers))} must be at least 1")
-    by_suffix = {suffix: key for key, (suffix, *_) in _FORMATS.items()}.get((args.output or Path()).suffix)
+    suffix = (args.output or Path()).suffix
+    by_suffix = next((key for key, (suffixes, *_) in _FORMATS.items() if suffix in suffixes), None)
     own = args.target if args.target in ("coreml", "litert", "executorch") else None
     kind = args.format or by_suffix or own or "onnx"
-    suffix, writer, known = _FORMATS[kind]
-    path = args.output or Path(Path(args.name).name + suffix)
+    suffixes, writer, known = _FORMATS[kind]
+    path = args.output or Path(Path(args.name).name + suffixes[0])
     if args.dynamic is not None:
         args.dynamic = tuple(args.dynamic)
     options = _options(args, kind, known)
-    model = _model(args.name, args.pretrained)
-    metadata = _metadata(model)
+    model, metadata = _loaded(args.name, args.pretrained)
+    if not args.pretrained:
+        del metadata["checkpoint"]
     channels, *size = metadata["input_size"]
     example = torch.randn(args.batch, channels, *(args.size or size), generator=torch.Generator().manual_seed(0))
     metadata["input_size"] = list(example.shape[1:])
     report = getattr(export, writer)(model, example, path, metadata=metadata, **options)
     found = report["outputs"]
-    files = [each for each in (path, *path.rglob("*")) if each.is_file()]
+    weights = [path.with_suffix(".bin")] if kind in ("openvino", "ncnn") else []
+    files = [each for each in (path, *path.rglob("*"), *weights) if each.is_file()]
     checked = f", checked in {report['checked_in']}" if "checked_in" in report else ""
     print(f"{path} ({sum(each.stat().st_size for each in files) / 1e6:.1f} MB){checked}")
     if "blocks" in report:
@@ -113,16 +116,23 @@ def _options(args: argparse.Namespace, kind: str, known: tuple[str, ...]) -> dic
     return options
 
 
-def _model(name: str, pretrained: bool) -> Any:
+def _loaded(name: str, pretrained: bool) -> tuple[Any, dict[str, Any]]:
+    """A model, and what a predictor needs to know of it."""
     from timm.models import is_model, is_model_pretrained
 
     from .. import create_model
+    from ..registry.checkpoint import SegmentationCheckpoint, find
 
-    if (Path(name) / "recipe.yaml").is_file():
+    config, record = Path(name, "config.json"), find(name)
+    of_smp = config.is_file() and "_model_class" in config.read_text(encoding="utf-8")
+    if of_smp or Path(name, "recipe.yaml").is_file():
         raise ValueError(
-            f"{name} is a run folder: load its model in Python (timm.create_model(NAME, checkpoint_path=FILE), of "
-            "segmentation smp.from_pretrained(FOLDER)) and give it to poolskip_zoo.export"
+            f"{name} is a {'segmentation' if of_smp else 'run'} folder: load its model in Python "
+            "(timm.create_model(NAME, checkpoint_path=FILE), of segmentation smp.from_pretrained(FOLDER)) and give it "
+            "to poolskip_zoo.export"
         )
+    if isinstance(record, SegmentationCheckpoint):
+        return _segmentation(record, pretrained)
     if Path(name).is_dir():
         name = f"local-dir:{name}"
     elif ":" not in name:
@@ -130,7 +140,30 @@ def _model(name: str, pretrained: bool) -> Any:
             raise ValueError(f"unknown model {name!r}; `poolskip list` prints the names")
         if pretrained and not is_model_pretrained(name):
             raise ValueError(f"{name} has no weights; --no-pretrained exports random ones")
-    return create_model(name, pretrained=pretrained).eval()
+    model = create_model(name, pretrained=pretrained).eval()
+    return model, _metadata(model)
+
+
+def _segmentation(record: Any, pretrained: bool) -> tuple[Any, dict[str, Any]]:
+    from ..inference import Segmenter
+    from ..registry.segmentation import build_recorded
+
+    if pretrained:
+        segmenter = Segmenter.from_pretrained(record.name)
+    else:
+        segmenter = Segmenter(build_recorded(record), record.dataset)
+    # smp's encoders take multiples of 32.
+    side = -(-(record.image_size or 256) // 32) * 32
+    return segmenter.model, {
+        "task": "segmentation",
+        "input_size": [3, side, side],
+        "mean": segmenter.info.mean,
+        "std": segmenter.info.std,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "class_names": segmenter.labels,
+        "checkpoint": record.name,
+    }
 
 
 def _metadata(model: Any) -> dict[str, Any]:

@@ -1,0 +1,178 @@
+"""Checks of exported files: what is wrong is refused, and nothing is left behind."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from export_nets import PairNet
+
+from poolskip_zoo.export import onnx_forms, to_exported_program, to_onnx, to_torchscript, verify
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(
+    ("output", "changed", "says"),
+    [
+        (torch.randn(2, 3, 4), lambda y: y * np.nan, "NaN or infinities lie elsewhere"),
+        (torch.randn(2, 3, 4), lambda y: np.where(y == y.max(), np.inf, y), "NaN or infinities lie elsewhere"),
+        (torch.tensor([[1.0, torch.nan]]), lambda y: np.nan_to_num(y, nan=2.0), "NaN or infinities lie elsewhere"),
+        (torch.randint(0, 9, (2, 5, 5)), lambda y: (y + 1) % 9, "its outputs differ"),
+        (torch.randn(2, 5) > 0, lambda y: ~y, "its outputs differ"),
+    ],
+    ids=["NaN", "infinite", "no NaN", "classes", "truth values"],
+)
+def test_wrong_values_of_every_kind_are_refused(output, changed, says):
+    found = verify.check_outputs(lambda _: [changed(output.numpy())], lambda: output, [()], False)
+    with pytest.raises(RuntimeError, match=rf"net\.onnx is not kept: {says}"):
+        verify.judge(found, Path("net.onnx"))
+
+
+def test_equal_infinities_are_no_difference():
+    output = torch.tensor([[1.0, torch.inf, -torch.inf, torch.nan], [2.0, 3.0, -4.0, 0.0]])
+    found = verify.check_outputs(lambda _: [output.numpy() * np.float32(1.25)], lambda: output, [()], False)
+    assert found["max_relative_error"] == 0.25
+
+
+def test_a_wrong_unpooling_leaves_no_file(tmp_path, monkeypatch):
+    # All equal maxima in place of the first one.
+    monkeypatch.setattr(onnx_forms._Writer, "first", lambda self, is_max, pooled: is_max)
+    with pytest.raises(RuntimeError, match=r"max_unpool2d.*export_nets\.py.*'keys' differs from torch .* on ties"):
+        to_onnx(PairNet(2).eval(), torch.randn(1, 4, 9, 9), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+class Sized(PairNet):
+    """A number beside the map."""
+
+    def forward(self, x):
+        return {"scores": super().forward(x), "height": x.shape[2]}
+
+
+@pytest.mark.parametrize("write", [to_onnx, to_exported_program, to_torchscript])
+def test_what_no_file_takes(tmp_path, write):
+    x, net = torch.randn(1, 4, 9, 9), PairNet(2).eval()
+    path = tmp_path / {to_onnx: "net.onnx", to_exported_program: "net.pt2"}.get(write, "net.pt")
+    with pytest.raises(ValueError, match="output 2 is int, and files return tensors alone"):
+        write(Sized(2).eval(), x, path)
+    with pytest.raises(ValueError, match=r"the example is on meta, .*: call example\.cpu\(\) first"):
+        write(net, x.to("meta"), path)
+    with pytest.raises(ValueError, match=r"the model is on meta, .*: call model\.cpu\(\) first"):
+        write(PairNet(2).eval().to("meta"), x, path)
+    with pytest.raises(
+        ValueError, match=r"^the model does not export at inputs \[\[1, 3, 9, 9\]\]: .*channels.*example that it takes$"
+    ):
+        write(net, x[:, :3], path, dynamic=())
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_weights_than_an_onnx_file_holds(tmp_path):
+    net = PairNet(2).eval()
+    net.register_buffer("table", torch.zeros(1).expand(2**29))
+    with pytest.raises(ValueError, match=r"the model has 2\.1 GB of weights, and an ONNX file holds less"):
+        to_onnx(net, torch.randn(1, 4, 9, 9), tmp_path / "net.onnx")
+
+
+class Root(PairNet):
+    """NaN for negative numbers."""
+
+    def forward(self, x):
+        return super().forward(x) + x.sqrt().mean((1, 2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("net", "example", "dynamic"),
+    [
+        (PairNet(2), torch.randn(1, 4, 9, 9), ("batch",)),
+        # A file that is wrong is not wrong for zeros.
+        (PairNet(2, others=False), torch.zeros(1, 4, 9, 9), ()),
+        # Of random numbers a half is negative, and all is NaN.
+        (Root(2), torch.rand(1, 4, 9, 9), ("batch",)),
+    ],
+    ids=["open", "zeros", "NaN"],
+)
+def test_a_wrong_model_leaves_no_file(tmp_path, monkeypatch, net, example, dynamic):
+    good = verify.runner
+    wrong = lambda model, runtime: lambda arrays: [each * np.float32(1.01) for each in good(model, runtime)(arrays)]  # noqa: E731
+    monkeypatch.setattr(verify, "check_blocks", lambda *args: 0)
+    monkeypatch.setattr(verify, "runner", wrong)
+    with pytest.raises(RuntimeError, match=r"net\.onnx is not kept: its outputs differ .* by 1\.0e-02"):
+        to_onnx(net.eval(), example, tmp_path / "net.onnx", dynamic=dynamic)
+    assert not list(tmp_path.iterdir())
+
+
+class Large(PairNet):
+    """Beyond float16's largest number, with zeros between or without."""
+
+    def __init__(self, zeros):
+        super().__init__(2)
+        self.zeros = zeros
+
+    def forward(self, x):
+        y = super().forward(x) * 1e6
+        return y if self.zeros else y - y.amax((1, 2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("zeros", "says"),
+    [
+        (True, "net.onnx is not kept: in float16 NaN .* leave half out"),
+        (False, "no finite number at .* leave half out"),
+    ],
+)
+def test_float16_that_overflows_leaves_no_file(tmp_path, zeros, says):
+    with pytest.raises(RuntimeError, match=says):
+        to_onnx(Large(zeros).eval(), torch.randn(1, 4, 9, 9), tmp_path / "net.onnx", half=True)
+    assert not list(tmp_path.iterdir())
+
+
+class Least(torch.nn.Module):
+    """A number per image: there are no classes to count."""
+
+    def forward(self, x):
+        return x.amin((1, 2, 3))
+
+
+class Sure(torch.nn.Module):
+    """A mask that is positive everywhere: all its pixels are of one class."""
+
+    def forward(self, x):
+        return x.mean(1, keepdim=True).sigmoid()
+
+
+@pytest.mark.parametrize("head", [Least, Sure])
+def test_flips_excuse_no_error_before_them(tmp_path, monkeypatch, head):
+    """The file runs on other inputs, as after a wrong operator at its start, and so other windows win."""
+    good = verify.runner
+
+    def wrong(model, runtime):
+        return lambda arrays: good(model, runtime)([each + np.float32(0.1) * each[..., ::-1] for each in arrays])
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1), PairNet(2), head()).eval()
+    monkeypatch.setattr(verify, "check_blocks", lambda *args: 0)
+    monkeypatch.setattr(verify, "runner", wrong)
+    with pytest.raises(RuntimeError, match=r"the first map with a window that flipped differs by \d\.\de-0[12] itself"):
+        to_onnx(model, torch.randn(1, 4, 9, 9), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_flips_of_near_ties_are_told_from_others():
+    tie, window = torch.tensor([[[[1.0, 1 + 1e-7], [0.0, 0.0]]]]), ([2, 2], True)
+    other, flat = torch.rand(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    # What comes after a flip may differ.
+    legitimate = [[(flat, flat, *window), (tie, tie.flip(-1), *window), (other, other.flip(-1), *window)]]
+    found = verify.flipped_windows(legitimate)
+    assert found["flipped_windows"] == 2 / 3
+    assert found["error_where_flipped"] < 1e-6
+    outputs = {"max_relative_error": 0.5, "tolerance": 1e-3, "agreement": 0.999, "inputs": [], **found}
+    verify.judge(outputs, Path("net.onnx"))
+    found = verify.flipped_windows([*legitimate, [(other, other.flip(-1), *window)]])
+    with pytest.raises(RuntimeError, match=r"no near-tie explains it"):
+        verify.judge({**outputs, **found}, Path("net.onnx"))
