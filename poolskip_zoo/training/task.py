@@ -179,6 +179,8 @@ class SegmentationLoss(nn.Module):
         Logits (B, C, H, W) and labels (B, H, W) int64 to a scalar.
     """
 
+    weights: torch.Tensor | None
+
     def __init__(self, kind: str, void: int, weights: torch.Tensor | None = None, label_smoothing: float = 0.0) -> None:
         from segmentation_models_pytorch.losses import DiceLoss
 
