@@ -22,6 +22,30 @@ from .checkpoint import SUFFIX, Checkpoint, cfg_for_data, trained_cfgs
 
 CHECKPOINTS: tuple[Checkpoint, ...] = (
     Checkpoint(
+        name="resnet20_cifar_poolskip.c10_e60",
+        dataset="cifar10_jpeg",
+        sha256="520c9f0317fb18a944b02ef90732ed99feeed4b995518193648c78c1f325fefb",
+        metrics={"top1": 87.98, "top5": 99.53},
+        recipe="resnet20_cifar_poolskip.c10_e60",
+        seed=0,
+        hardware="AMD EPYC (CPU, 1 threads)",
+        hours=4.824,
+        images_per_second=222.8,
+        torch="2.15.0",
+    ),
+    Checkpoint(
+        name="resnet20_cifar.c10_e60",
+        dataset="cifar10_jpeg",
+        sha256="b9e6c88791cc5057a58e1cf6178b97b30379aa0fbe8bd66193964266a220c034",
+        metrics={"top1": 87.9, "top5": 99.49},
+        recipe="resnet20_cifar.c10_e60",
+        seed=0,
+        hardware="AMD EPYC (CPU, 1 threads)",
+        hours=1.929,
+        images_per_second=450.8,
+        torch="2.15.0",
+    ),
+    Checkpoint(
         name="resnet20_cifar_poolskip.c10",
         dataset="cifar10_jpeg",
         sha256="5a1c48fa6b4d5e686b2670e645cdaffc19e53b61e9b395d515368bad34d61747",
@@ -43,19 +67,6 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         hardware="AMD EPYC (CPU, 1 threads)",
         hours=1.566,
         images_per_second=304.3,
-        torch="2.15.0",
-    ),
-    # Not the default while its twin with Pool Skip is not trained: a pair is of one recipe.
-    Checkpoint(
-        name="resnet20_cifar.c10_e60",
-        dataset="cifar10_jpeg",
-        sha256="b9e6c88791cc5057a58e1cf6178b97b30379aa0fbe8bd66193964266a220c034",
-        metrics={"top1": 87.9, "top5": 99.49},
-        recipe="resnet20_cifar.c10_e60",
-        seed=0,
-        hardware="AMD EPYC (CPU, 1 threads)",
-        hours=1.929,
-        images_per_second=450.8,
         torch="2.15.0",
     ),
 )
