@@ -1,6 +1,7 @@
 """`poolskip diagnose`: what the filters of a model are like, and which do nothing."""
 
 import argparse
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: parser of this verb.
     """
-    what = "model of timm or ours (with a tag its weights, else fresh ones), safetensors file, or run folder"
+    what = (
+        "model of timm or ours (with a tag its weights, else fresh ones), safetensors file, run folder, or a call "
+        "of any Python function: 'torchvision.models:vgg16(num_classes=10)'"
+    )
     parser.add_argument("name", metavar="MODEL_OR_CHECKPOINT", help=what)
     parser.add_argument("--compare", metavar="OTHER", help="a second one, shown beside the first")
     parser.add_argument("--data-dir", help="data folder (default: the environment variable POOLSKIP_DATA_DIR)")
@@ -101,23 +105,29 @@ class Subject:
         """Channels, height and width of what the model was trained on."""
         from ..data import DATASETS
 
+        if not self.recipe and not hasattr(self.model, "pretrained_cfg"):
+            raise ValueError(f"{self.name} does not say what size of images it takes: a model of timm or ours does")
         if not self.recipe:
             return tuple(self.model.pretrained_cfg["input_size"])
         size = self.recipe.image_size or DATASETS[self.recipe.dataset].image_size
         return 3, size, size
 
 
+# A function of a module, and its arguments: MODULE:FUNCTION or MODULE:FUNCTION(ARGUMENTS).
+_CALL = re.compile(r"(?P<module>[\w.]+):(?P<function>[\w.]+)(?P<arguments>\(.*\))?", re.DOTALL)
+
+
 def load(name: str) -> Subject:
     """Make a model by its name or from its files.
 
     Args:
-        name: model of timm or ours, safetensors file, or run folder.
+        name: model of timm or ours, safetensors file, run folder, or a call of a Python function.
 
     Returns:
         The model with its weights.
 
     Raises:
-        ValueError: if there is no such model, file or folder, or no such weights.
+        ValueError: if there is no such model, file, folder or function, or no such weights.
         RuntimeError: if weights cannot be had or do not fit.
     """
     from timm.models import is_model, is_model_pretrained
@@ -126,6 +136,8 @@ def load(name: str) -> Subject:
     from ..registry.checkpoint import find
     from .validate import segmentation_model, segments
 
+    if called := _CALL.fullmatch(name):
+        return Subject(name, _call(name, **called.groupdict()), "as made by the function", None)
     path = Path(name)
     file = path / "model.safetensors" if path.is_dir() else path
     if file.is_file():
@@ -135,12 +147,41 @@ def load(name: str) -> Subject:
         return Subject(name, model.eval(), "recorded weights", recipe.dataset, recipe)
     arch, _, tag = name.partition(".")
     if not is_model(arch):
-        raise ValueError(f"{name!r} is no model, file or run folder; `poolskip list` prints the names")
+        raise ValueError(
+            f"{name!r} is no model, file, run folder or MODULE:FUNCTION(ARGUMENTS); `poolskip list` prints the names"
+        )
     if tag and not is_model_pretrained(name):
         raise ValueError(f"{arch} has no weights {tag!r}; without a tag fresh ones are measured")
     record = find(name) if tag else None
     model = create_model(name, pretrained=bool(tag))
     return Subject(name, model, f"weights {tag}" if tag else "fresh weights", record.dataset if record else None)
+
+
+def _call(name: str, module: str, function: str, arguments: str | None) -> Any:
+    """Call a function of a module that can be imported, the current folder's included, for its model."""
+    import ast
+    import importlib
+    import operator
+    import sys
+
+    from torch import nn
+
+    try:
+        call: Any = ast.parse(f"f{arguments or '()'}", mode="eval").body
+        positional = [ast.literal_eval(each) for each in call.args]
+        keywords = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
+    except (AttributeError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name}: its arguments must be literals, as in 'm:f(10, size=(4, 4))'") from error
+    sys.path.insert(0, "")
+    try:
+        model = operator.attrgetter(function)(importlib.import_module(module))(*positional, **keywords)
+    except Exception as error:
+        raise ValueError(f"{name}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name} is {type(model).__name__}, no torch.nn.Module")
+    return model.eval()
 
 
 def load_file(name: str, file: Path) -> Subject:
@@ -225,10 +266,10 @@ def image_batches(
     whole = load_split(subject.dataset or "", split, data_dir, hold_out=hold_out)
     chosen = _spread(len(whole), images)
     part = Split(whole.images[chosen], whole.labels[chosen], whole.classes)
-    if subject.recipe:
-        mean, std, size = info.mean, info.std, subject.recipe.image_size or info.image_size
+    config = getattr(subject.model, "pretrained_cfg", None)
+    if subject.recipe or not config:
+        mean, std, size = info.mean, info.std, (subject.recipe and subject.recipe.image_size) or info.image_size
     else:
-        config = subject.model.pretrained_cfg
         mean, std, size = config["mean"], config["std"], config["input_size"][1]
     loader = EvalLoader(part, _BATCH, mean=mean, std=std, image_size=size, device=device)
     # Labels of other classes than the model's say nothing of its loss.

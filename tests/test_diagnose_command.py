@@ -1,0 +1,132 @@
+"""`poolskip diagnose`: models by name, file, folder or function; images; mistakes."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import poolskip_zoo
+from poolskip_zoo.cli import main
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    monkeypatch.delenv("POOLSKIP_DATA_DIR", raising=False)
+
+
+@pytest.mark.usefixtures("no_data")
+def test_command_tells_and_compares(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = ["diagnose", "test_resnet_cifar", "--compare", "test_resnet_cifar_poolskip", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("test_resnet_cifar: fresh weights; weights alone\ntest_resnet_cifar_poolskip: fresh")
+    assert "layer3.0.conv2.pool_skip.conv" in said
+    assert str(tmp_path / "l2_l1.png") in said
+    assert (tmp_path / "l2_l1.png").is_file()
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """What `poolskip train` leaves that matters here, with one filter planted."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    recipe = {"name": "tiny", "dataset": "cifar10", "model": "test_resnet_cifar_poolskip", "hold_out": 2}
+    (folder / "recipe.yaml").write_text("".join(f"{key}: {value}\n" for key, value in recipe.items()))
+    model = poolskip_zoo.create_model("test_resnet_cifar_poolskip", num_classes=10, zero_init_last=False)
+    model.conv1.weight.data[6] = 0
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.usefixtures("no_data")
+@pytest.mark.parametrize("file", ["", "model.safetensors"])
+def test_command_takes_runs(run_folder, capsys, file):
+    assert main(["diagnose", str(run_folder / file), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["models"]
+    assert found["weights"] == "trained by tiny"
+    assert (found["images"], found["dataset"]) == (0, None)
+    assert found["summary"]["base"]["inert"] == 1
+    assert found["layers"][0]["inert"] == [6]
+
+
+@pytest.mark.usefixtures("no_data")
+@pytest.mark.parametrize(
+    ("call", "convolutions"),
+    [
+        ("segmentation_models_pytorch:Unet('resnet18', encoder_weights=None)", 31),
+        ("monai.networks.nets:UNet(spatial_dims=3, in_channels=1, out_channels=2, channels=(4, 8), strides=(2,))", 3),
+        ("nets_of_ones_own:Nets.one", 1),
+    ],
+)
+def test_command_takes_what_a_function_makes(call, convolutions, capsys, tmp_path, monkeypatch):
+    pytest.importorskip(call.partition(":")[0].partition(".")[0].replace("nets_of_ones_own", "torch"))
+    source = "from torch import nn\n\nclass Nets:\n    one = staticmethod(lambda: nn.Conv2d(3, 4, 3))\n"
+    (tmp_path / "nets_of_ones_own.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    assert main(["diagnose", call, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["models"]
+    assert (found["name"], len(found["layers"])) == (call, convolutions)
+    assert "" not in sys.path
+
+
+def test_command_shows_held_out_images(run_folder, capsys, monkeypatch):
+    from poolskip_zoo.data import datasets
+
+    images = torch.randint(0, 256, (40, 32, 32, 3), dtype=torch.uint8).numpy()
+    labels = torch.arange(40).remainder(10).numpy()
+
+    def read(folder, test, download):
+        assert not test
+        return images, labels, list("abcdefghij")
+
+    monkeypatch.setitem(datasets._READERS, "cifar10", read)
+    monkeypatch.setenv("POOLSKIP_DATA_DIR", str(run_folder))
+    arguments = ["diagnose", str(run_folder), "--compare", "test_resnet_cifar", "--json"]
+    assert main(arguments) == 0
+    run, fresh = json.loads(capsys.readouterr().out)["models"]
+    # The recipe holds out two images, and the model beside it is shown the same.
+    assert (run["images"], fresh["images"]) == (2, 2)
+    assert (run["dataset"], fresh["dataset"]) == ("cifar10", "cifar10")
+    assert len(run["layers"][0]["gradient"]) == len(fresh["layers"][0]["gradient"]) == 8
+    assert main([*arguments, "--images", "0"]) == 0
+    assert [each["images"] for each in json.loads(capsys.readouterr().out)["models"]] == [0, 0]
+    # A model without a configuration takes the data set's size; of its classes nothing is known.
+    assert main(["diagnose", str(run_folder), "--compare", "torch.nn:Conv2d(3, 4, 3)", "--json"]) == 0
+    other = json.loads(capsys.readouterr().out)["models"][1]
+    assert (other["images"], other["layers"][0]["gradient"]) == (2, None)
+
+
+@pytest.mark.usefixtures("no_data")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["resnet51", "--output", f"{__file__}/pictures"], "Not a directory"),
+        (["nowhere:net"], "nowhere:net: ModuleNotFoundError"),
+        (["torch.nn:Conv9d"], "has no attribute 'Conv9d'"),
+        (["torch.nn:Conv2d(1, 2)"], "torch.nn:Conv2d(1, 2): TypeError"),
+        (["torch.nn:Conv2d(3, width, 3)"], "must be literals"),
+        (["torch.nn:Conv2d(3, 4, 3"], "is no model, file, run folder or MODULE:FUNCTION(ARGUMENTS)"),
+        (["torch:zeros(3)"], "is Tensor, no torch.nn.Module"),
+        (["resnet51"], "'resnet51' is no model, file, run folder"),
+        (["resnet18.nothing"], "resnet18 has no weights 'nothing'"),
+        (["resnet18", "--compare", "resnet18"], "the two are the same"),
+        (["resnet18", "--images", "-1"], "--images -1"),
+        (["test_resnet_cifar", "--data-dir", "."], "give --dataset"),
+        (["test_resnet_cifar", "--dataset", "cifar"], "unknown dataset 'cifar'"),
+        (["test_resnet_cifar", "--dataset", "cifar10"], "no data folder"),
+        (["test_resnet_cifar", "--dataset", "camvid"], "does not segment"),
+    ],
+)
+def test_mistakes_of_the_command(arguments, said, capsys):
+    assert main(["diagnose", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_data")
+def test_a_file_that_stands_alone_is_refused(run_folder, capsys):
+    (run_folder / "recipe.yaml").unlink()
+    assert main(["diagnose", str(run_folder)]) == 2
+    assert "neither recipe.yaml nor config.json" in capsys.readouterr().err
