@@ -119,6 +119,10 @@ def test_whatever_a_library_raises_is_a_failed_run(data: Path, tmp_path: Path, m
     monkeypatch.setattr(many, "train", fail)
     (outcome,) = train_many([recipe()], data, tmp_path, cpu=True)
     assert (outcome.state, outcome.error) == ("failed", "LookupError: odd")
+    # Beside other processes, which may wait for this one, it ends the process, and torchrun all of them.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LookupError, match="odd"):
+        train_many([recipe()], data, tmp_path, cpu=True)
 
 
 def test_the_command_tests_once_and_leaves_parts(

@@ -203,6 +203,8 @@ def train_many(
 ) -> list[Outcome]:
     """Train runs in order, each from where it was stopped; a failed one does not keep the others.
 
+    In several processes it does: one that failed alone cannot tell the others, which torchrun ends.
+
     Beside the runs' folders, a table has a line for each run of the list.
 
     Args:
@@ -220,6 +222,7 @@ def train_many(
 
     Raises:
         ValueError: If ``limit_seconds`` is negative or ``part_size`` no size.
+        Exception: In several processes, whatever ended a run.
     """
     if limit_seconds < 0:
         raise ValueError(f"limit_seconds={limit_seconds} must be at least 0")
@@ -245,6 +248,8 @@ def train_many(
                     split_weights(folder, part_size)
                 outcomes[place] = Outcome(recipe, "finished", metrics, scores)
         except Exception as error:  # one line each, whatever a library raises
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise  # the other processes may wait for this one; torchrun ends them
             kind = "" if isinstance(error, (ValueError, RuntimeError, OSError)) else f"{type(error).__name__}: "
             outcomes[place] = Outcome(recipe, "failed", error=kind + " ".join(str(error).split()))
         if main:
