@@ -30,8 +30,8 @@ class Predictor:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file holds no metadata of the exporter or takes several images at once alone, or the runtime
-            is unknown.
+        ValueError: if the file is of another kind, holds no metadata of the exporter or takes several images at once
+            alone, or the runtime is unknown.
         ImportError: if the runtime is not installed.
     """
 
@@ -39,6 +39,8 @@ class Predictor:
         path = os.fspath(path)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"no such model: {path}")
+        if not path.endswith((".onnx", ".xml")):
+            raise ValueError(f"{path}: expected an .onnx file, or .xml of OpenVINO")
         runtimes = ("openvino",) if path.endswith(".xml") else ("onnxruntime", "openvino")
         if runtime is not None and runtime not in runtimes:
             raise ValueError(f"runtime={runtime!r}: expected one of {', '.join(runtimes)} for {path}")

@@ -66,8 +66,7 @@ def to_onnx(
     """
     path, args = check_output(path, ".onnx"), as_args(example)
     choice = check_target(target, lowering)
-    if opset < 18:
-        raise ValueError(f"opset={opset}: expected at least 18")
+    _check_opset(opset)
     if dynamic is None:
         dynamic = ("batch",) if choice.dynamic else ()
     check_arguments(model, args, dynamic)
@@ -173,6 +172,13 @@ def _export(lowered: GraphModule, args: tuple[Any, ...], dynamic: Sequence[str],
     if written != opset:
         raise ValueError(f"opset={opset}: with these releases of torch and onnxscript the file gets {written}")
     return proto, made
+
+
+def _check_opset(opset: int) -> None:
+    with _explained():
+        from onnx.defs import onnx_opset_version
+    if not 18 <= opset <= onnx_opset_version():
+        raise ValueError(f"opset={opset}: expected 18 to {onnx_opset_version()}, the highest of this release of onnx")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def main() -> None:
         # python -m puts the working directory first, which it already is here.
         sys.argv = arguments[1:]
         if not _exists(arguments[1]):
-            raise SystemExit(f"poolskip_zoo: no such module: {arguments[1]}")
+            raise SystemExit(f"poolskip_zoo: no such module, or a package without __main__: {arguments[1]}")
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     elif arguments and not arguments[0].startswith("-"):
         sys.argv = arguments
@@ -35,7 +35,10 @@ def main() -> None:
 
 def _exists(module: str) -> bool:
     try:
-        return importlib.util.find_spec(module) is not None
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.submodule_search_locations is not None:  # a package runs by its __main__
+            spec = importlib.util.find_spec(f"{module}.__main__")
+        return spec is not None
     except ModuleNotFoundError:
         return False
 

@@ -1,8 +1,10 @@
 """Classify and segment images with a model's own preprocessing and class names."""
 
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Classifier", "Segmenter", "draw_segments", "read_image", "segment"]
+__all__ = ["Classifier", "Segmenter", "draw_segments", "load_model", "read_image", "segment"]
 
 # Largest stride of smp's encoders, which the size of their input must be a multiple of.
 _STRIDE = 32
@@ -38,8 +40,58 @@ def read_image(path: str | os.PathLike[str]) -> "Image":
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"no such image: {path}") from None
-    except OSError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
         raise ValueError(f"{path} is no image that can be read: {error}") from error
+
+
+def load_model(
+    name: str, pretrained: bool = True, way_out: str = "`poolskip list --pretrained` prints those that have"
+) -> Any:
+    """Make a timm model, ours or not, or say in one line why there is none.
+
+    Args:
+        name: name that `timm.create_model` takes, `local-dir:FOLDER` included.
+        pretrained: whether with weights.
+        way_out: what to do where there are none, for the message.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: if the name or its tag is unknown or has no weights, or the folder no configuration of timm.
+        RuntimeError: if the weights cannot be had, are not the recorded ones, or do not fit.
+    """
+    from timm.models import get_arch_pretrained_cfgs, is_model, is_model_pretrained
+
+    from . import create_model
+    from .registry.catalogue import registered_models
+    from .registry.resolve import require_warm_start
+
+    if name.startswith("local-dir:"):
+        _check_config(Path(name.removeprefix("local-dir:"), "config.json"))
+    elif ":" not in name:
+        arch, _, tag = name.partition(".")
+        if not is_model(arch):
+            raise ValueError(f"unknown model {name!r}; `poolskip list` prints the names")
+        cfgs = get_arch_pretrained_cfgs(arch)
+        if tag and name not in cfgs:
+            tags = ", ".join(cfg.tag for cfg in cfgs.values() if cfg.tag)
+            raise ValueError(f"{arch} has no weights {tag!r}: {'choose ' + tags if tags else 'it has none'}")
+        if pretrained and not is_model_pretrained(name):
+            raise ValueError(f"{name} has no weights; {way_out}")
+        if pretrained and arch not in registered_models(test=True):  # ours check it themselves
+            require_warm_start(name, cfgs[name] if tag else next(iter(cfgs.values())))
+    return create_model(name, pretrained=pretrained).eval()
+
+
+def _check_config(path: Path) -> None:
+    """Refuse what timm would read without a look."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise ValueError(f"{path} is no configuration of timm: it names no architecture")
 
 
 class Classifier:
@@ -80,20 +132,10 @@ class Classifier:
             The classifier.
 
         Raises:
-            ValueError: if the name is unknown or has no weights.
+            ValueError: as `load_model`.
             RuntimeError: if the weights cannot be had or are not the recorded ones.
         """
-        from timm.models import is_model, is_model_pretrained
-
-        from . import create_model
-
-        if ":" not in name:
-            arch = name.partition(".")[0]
-            if not is_model(arch):
-                raise ValueError(f"unknown model {name!r}; `poolskip list` prints the names")
-            if not is_model_pretrained(name):
-                raise ValueError(f"{name} has no weights; `poolskip list --pretrained` prints those that have")
-        return cls(create_model(name, pretrained=True))
+        return cls(load_model(name))
 
     def preprocess(self, images: Sequence["Image"]) -> Tensor:
         """Resize, crop and normalise as at the checkpoint's evaluation.

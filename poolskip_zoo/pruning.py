@@ -84,6 +84,7 @@ def prune_inert(
             if not _prune_round(graph, idle):
                 break
     _fold_shortcuts(model, shortcuts)
+    model.eval()  # the modules that were put in are new
     after = _filters(model)
     removed = {name: before[name] - after[name] for name in before if before[name] > after[name]}
     counts = {layer.name: len({*layer.inert, *(layer.dead or ())}) for layer in found}

@@ -81,11 +81,11 @@ def local_weights(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | No
 
 
 def require_warm_start(name: str, cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None = None) -> None:
-    """Check that timm will get a base model's weights, for which it would try for a minute and name no file.
+    """Check that timm will get its own weights, for which it would try for a minute and name no file.
 
     Args:
-        name: `<arch>.<tag>` of the variant.
-        cfg: its configuration, timm's own but for the name.
+        name: `<arch>.<tag>` of the variant, or of timm's model.
+        cfg: its configuration, timm's own but for a variant's name.
         cache_dir: folder of the Hub client's cache.
 
     Raises:
@@ -106,9 +106,10 @@ def require_warm_start(name: str, cfg: PretrainedCfg, cache_dir: str | os.PathLi
         _connect()
     except ConnectionError as error:
         raise RuntimeError(
-            f"cannot get the base model's weights for {name} ({files[0]} of {repo} on the Hugging Face Hub): {error}. "
+            f"cannot get timm's weights for {name} ({files[0]} of {repo} on the Hugging Face Hub): {error}. "
             "Ways out: connect to the network and try again; load a file of timm's with "
-            "pretrained_cfg_overlay={'file': PATH}; start from random weights with pretrained=False"
+            "pretrained_cfg_overlay={'file': PATH}; start from random weights with pretrained=False (smp: "
+            "encoder_weights=None)"
         ) from error
 
 

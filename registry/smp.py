@@ -127,7 +127,7 @@ def _get_encoder(
     from ..models.segmentation.encoder import build_encoder
 
     if weights is not None and name == plain:
-        name = f"{name}.{_find_weights(name, weights).tag}"
+        name = f"{name}.{_find_weights(name, weights, None).tag}"
     return build_encoder(name.removeprefix("tu-"), in_channels, depth, output_stride, weights is not None, **kwargs)
 
 
@@ -136,6 +136,8 @@ def _get_preprocessing_params(
 ) -> dict[str, Any]:
     if encoder_name not in encoder_names():
         return original(encoder_name, pretrained)
+    if not _weights(encoder_name):
+        raise ValueError(f"the encoder {encoder_name!r} has no weights, and so no preprocessing of its own")
     return _preprocessing(_find_weights(encoder_name, pretrained))
 
 
@@ -150,10 +152,11 @@ def _weights(name: str) -> dict[str, PretrainedCfg]:
     return {**({"imagenet": warm[0]} if warm else {}), **cfgs}
 
 
-def _find_weights(name: str, weights: str) -> PretrainedCfg:
+def _find_weights(name: str, weights: str, *others: None) -> PretrainedCfg:
+    """The configuration of weights; `others` is what else could be given, for the message."""
     known = _weights(name)
     if weights not in known:
         raise ValueError(
-            f"no weights {weights!r} for the encoder {name!r}: choose {', '.join(map(repr, [*known, None]))}"
+            f"no weights {weights!r} for the encoder {name!r}: choose {', '.join(map(repr, [*known, *others]))}"
         )
     return known[weights]

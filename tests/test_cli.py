@@ -92,6 +92,10 @@ def test_demo_draws_exports_and_compares(tmp_path, capsys):
         (["info", "resnet50_poolskip.nothing"], "no model 'resnet50_poolskip.nothing'"),
         (["predict", "resnet18_poolskipp", "x.jpg"], "unknown model 'resnet18_poolskipp'"),
         (["predict", "resnet420_cifar_poolskip", "x.jpg"], "has no weights"),
+        (["info", "resnet18.a1_in1k"], "similar: resnet18_poolskip\n"),
+        (["info", "unet_resnet18_poolskip.camvid_r180"], "segments"),
+        (["export", "vit_tiny_patch4_32_poolskip", "--no-pretrained", "--size", "64", "64"], "--size 64 64: vit_tiny"),
+        (["export", "resnet20_cifar_poolskip.nope"], "has no weights 'nope': choose c10_e60, c10"),
         (["train", "no_such_recipe"], "no_such_recipe"),
         (["validate", "resnet18_poolskip", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
         (["list", "resnet420_cifar", "--pretrained"], "`poolskip list --pretrained` prints all"),
@@ -103,6 +107,7 @@ def test_demo_draws_exports_and_compares(tmp_path, capsys):
         (["export", "test_resnet_poolskip", "--no-pretrained", "--batch", "0", "--dynamic"], "--batch 0 must be"),
         (["export", "test_resnet_poolskip", "--no-pretrained", "--size", "64", "0"], "--size 64 0 must be"),
         (["prune", "test_resnet", "--dataset", "cifar11"], "unknown dataset 'cifar11': one of cifar10,"),
+        (["prune", "test_resnet", "--dataset", "camvid"], "one of cifar10, cifar100, cifar10_jpeg, tiny_imagenet_jpeg"),
         (["train-many", "c10", "--part-size", "16"], "part_size '16' is no number with KB, MB"),
         (["validate", "resnet20_cifar", "--overlap", "0.5"], "--window and --overlap have no meaning for it"),
         (["validate", "resnet20_cifar", "--checkpoint", "."], "checkpoint . is a folder: give the file, such as model"),
@@ -115,6 +120,20 @@ def test_mistakes_end_in_one_line(arguments, said, capsys):
     assert error.startswith("poolskip: error: ")
     assert error.count("\n") == 1
     assert said in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["list", "--pretrained", "--warm-starts"], "not allowed with"),
+        (["train", "resnet20_cifar.c10", "--limit-minutes", "-1"], "'-1' is no number of minutes, at least 0"),
+        (["train-many", "c10", "--limit-minutes", "soon"], "'soon' is no number of minutes, at least 0"),
+    ],
+)
+def test_wrong_options_are_argparse_s(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,9 @@ def test_files_that_are_none_of_ours(tmp_path):
 
     with pytest.raises(FileNotFoundError, match=r"no such model"):
         Predictor(tmp_path / "net.onnx")
+    (tmp_path / "net.pt2").touch()
+    with pytest.raises(ValueError, match=r"net.pt2: expected an .onnx file, or .xml"):
+        Predictor(tmp_path / "net.pt2")
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "net", value[:1], value[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
@@ -232,7 +235,7 @@ def test_command_on_a_segmentation_checkpoint(tmp_path, monkeypatch, capsys):
     ("words", "says"),
     [
         (["no_such_model"], "unknown model 'no_such_model'"),
-        ([str(CARDS / "unet_resnet18_poolskip.camvid_r180")], "is a segmentation folder: load its model in Python"),
+        ([str(CARDS / "unet_resnet18_poolskip.camvid_r180")], "give its name, unet_resnet18_poolskip.camvid_r180, or"),
         ([NAME], f"{NAME} has no weights; --no-pretrained"),
         (
             [NAME, "--no-pretrained", "--output", "net.pt", "--half"],

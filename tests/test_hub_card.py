@@ -277,12 +277,14 @@ def test_add_makes_a_folder_and_a_record_to_paste(finished, tmp_path, capsys, re
 
 
 @pytest.mark.usefixtures("shipped")
-@pytest.mark.parametrize("wrong", ["recipe", "scores", "weights", "nan", "unfinished"])
+@pytest.mark.parametrize("wrong", ["recipe", "scores", "list", "cut", "weights", "nan", "unfinished"])
 def test_add_refuses_what_a_card_could_not_tell(finished, tmp_path, capsys, wrong):
     if wrong == "recipe":
         (finished / "recipe.yaml").write_text(load_recipe(RECIPE, ["epochs=7", "lr=0.3"]).to_yaml())
     elif wrong == "scores":
         (tmp_path / "scores.json").write_text('{"name": "resnet20_cifar", "dataset": "cifar10_jpeg", "top1": 1}')
+    elif wrong in ("list", "cut"):
+        (tmp_path / "scores.json").write_text("[]" if wrong == "list" else '{"name": ')
     elif wrong == "weights":  # another run of the same model, whose file has the same name
         scores = json.loads((tmp_path / "scores.json").read_text())
         (tmp_path / "scores.json").write_text(json.dumps({**scores, "sha256": "0" * 64}))
@@ -297,6 +299,8 @@ def test_add_refuses_what_a_card_could_not_tell(finished, tmp_path, capsys, wron
     said = {
         "recipe": "epochs, lr differ",
         "scores": "resnet20_cifar",
+        "list": "scores.json is not what `poolskip validate … --json` prints",
+        "cut": "scores.json is no JSON",
         "weights": "other weights",
         "nan": "fc.bias",
         "unfinished": "metrics.json",

@@ -1,11 +1,15 @@
 """Classifying and segmenting images: names of classes, types, and what is refused."""
 
+import re
+
+import huggingface_hub
 import pytest
 import timm
 import torch
 from PIL import Image
 
-from poolskip_zoo.inference import Classifier, Segmenter, read_image, segment
+from poolskip_zoo.inference import Classifier, Segmenter, load_model, read_image, segment
+from poolskip_zoo.registry import resolve
 
 IMAGE = Image.effect_noise((40, 50), 90).convert("RGB")
 
@@ -41,14 +45,48 @@ def test_images_are_upright(tmp_path):
     assert read_image(tmp_path / "turned.png").size == IMAGE.size[::-1]
 
 
-def test_what_is_no_image_is_named(tmp_path):
+def test_what_is_no_image_is_named(tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole.jpg", tmp_path / "cut.jpg"
     IMAGE.save(whole)
     cut.write_bytes(whole.read_bytes()[:500])
-    for path in (cut, tmp_path):
+    for path in (cut, tmp_path, whole):
+        if path == whole:  # Pillow's guard against decompression bombs has a class of its own
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
         with pytest.raises(ValueError, match=f"{path} is no image that can be read: "):
             read_image(path)
+    monkeypatch.undo()
     assert read_image(whole).size == IMAGE.size
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("resnet18_poolskipp", "unknown model 'resnet18_poolskipp'"),
+        ("resnet20_cifar_poolskip.nope", "has no weights 'nope': choose c10_e60, c10"),
+        ("test_resnet_poolskip.nope", "has no weights 'nope': it has none"),
+        ("resnet420_cifar", "resnet420_cifar has no weights; `poolskip list --pretrained` prints"),
+        ("local-dir:bert", "config.json is no configuration of timm: it names no architecture"),
+        ("local-dir:list", "config.json is no configuration of timm: it names no architecture"),
+        ("local-dir:cut", "config.json is no JSON: "),
+    ],
+)
+def test_models_that_there_are_not(name, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, text in {"bert": '{"model_type": "bert"}', "list": "[]", "cut": '{"architecture": '}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        load_model(name)
+
+
+def test_timm_s_own_weights_are_asked_for_once(monkeypatch, tmp_path):
+    def offline():
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(resolve, "_connect", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"cannot get timm's weights for resnet18.a1_in1k .* no route"):
+        load_model("resnet18.a1_in1k")
 
 
 @pytest.mark.parametrize("overlap", [-0.1, 1.0])

@@ -75,7 +75,8 @@ def test_errors_of_the_script_are_its_own(folder):
         (["-m"], "usage"),
         (["-x"], "usage"),
         (["no_such.py"], "no such script: no_such.py"),
-        (["-m", "no.such.module"], "no such module: no.such.module"),
+        (["-m", "no.such.module"], "no such module, or a package without __main__: no.such.module"),
+        (["-m", "timm"], "a package without __main__: timm"),
     ],
 )
 def test_wrong_calls_are_one_line(monkeypatch, arguments, word):

@@ -133,7 +133,12 @@ def test_grouped_convolutions_and_tokens() -> None:
         prune_inert(create_model("test_vit_poolskip"), X[:1])
 
 
-def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_the_command(
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     tiny = {"epochs": 1, "train_images": 60, "batch_size": 20, "hold_out": 20, "name": "test_resnet_cifar_poolskip.x"}
     train(recipe(**{**PLAIN, **tiny, "model": "test_resnet_cifar_poolskip"}), data, tmp_path, cpu=True)
     run = tmp_path / "test_resnet_cifar_poolskip.x-s0"
@@ -141,6 +146,9 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     silence(model, "layer1.0", 1, [1, 5])
     save_file(model.state_dict(), run / "model.safetensors")
     arguments = [run, "--output", tmp_path / "net.pt2", "--json"]
+    monkeypatch.delenv("POOLSKIP_DATA_DIR", raising=False)
+    assert call(verb, *arguments) == 0
+    assert "top1" not in json.loads(capsys.readouterr().out.splitlines()[-1])["after"]
     assert call(verb, *arguments, "--data-dir", data, "--images", 0) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["removed"] == {"layer1.0.conv1": 2, "layer1.0.conv1.pool_skip.conv": 2}

@@ -320,3 +320,7 @@ def test_wrong_settings_are_refused(error, match, settings):
 def test_wrong_weights_list_the_options():
     with pytest.raises(ValueError, match=r"no weights 'cs'.*choose 'imagenet', 'a1_in1k'.*None"):
         smp.Unet("resnet50_poolskip", encoder_weights="cs")
+    with pytest.raises(ValueError, match=r"no weights None .*choose 'imagenet', 'a1_in1k'[^N]*$"):
+        smp.encoders.get_preprocessing_params("resnet50_poolskip", None)
+    with pytest.raises(ValueError, match="'test_resnet_poolskip' has no weights, and so no preprocessing of its own"):
+        smp.encoders.get_preprocessing_params("test_resnet_poolskip")

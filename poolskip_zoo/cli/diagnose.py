@@ -130,9 +130,9 @@ def load(name: str) -> Subject:
         ValueError: if there is no such model, file, folder or function, or no such weights.
         RuntimeError: if weights cannot be had or do not fit.
     """
-    from timm.models import is_model, is_model_pretrained
+    from timm.models import is_model
 
-    from .. import create_model
+    from ..inference import load_model
     from ..registry.checkpoint import find
     from .validate import segmentation_model, segments
 
@@ -150,10 +150,8 @@ def load(name: str) -> Subject:
         raise ValueError(
             f"{name!r} is no model, file, run folder or MODULE:FUNCTION(ARGUMENTS); `poolskip list` prints the names"
         )
-    if tag and not is_model_pretrained(name):
-        raise ValueError(f"{arch} has no weights {tag!r}; without a tag fresh ones are measured")
     record = find(name) if tag else None
-    model = create_model(name, pretrained=bool(tag))
+    model = load_model(name, bool(tag))
     return Subject(name, model, f"weights {tag}" if tag else "fresh weights", record.dataset if record else None)
 
 
@@ -198,9 +196,7 @@ def load_file(name: str, file: Path) -> Subject:
         ValueError: if neither stands beside it.
         RuntimeError: if the weights do not fit.
     """
-    import json
-
-    from .. import create_model
+    from ..inference import load_model
     from ..registry.segmentation import load_weights
     from ..training import load_recipe
     from ..training.task import make_task
@@ -210,11 +206,11 @@ def load_file(name: str, file: Path) -> Subject:
         model = load_weights(make_task(recipe).make_model(trained=True), file)
         return Subject(name, model, f"trained by {recipe.name}", recipe.dataset, recipe)
     if file.with_name("config.json").is_file():
-        if "_model_class" in json.loads(file.with_name("config.json").read_text(encoding="utf-8")):
+        if "_model_class" in file.with_name("config.json").read_text(encoding="utf-8"):
             import segmentation_models_pytorch as smp
 
             return Subject(name, smp.from_pretrained(str(file.parent)).eval(), f"weights of {file}", None)
-        model = create_model(f"local-dir:{file.parent}", pretrained=True)
+        model = load_model(f"local-dir:{file.parent}")
         return Subject(name, model, f"weights of {file}", None)
     raise ValueError(f"{file} does not say of which model it is: neither recipe.yaml nor config.json stand beside it")
 

@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     channels, *size = metadata["input_size"]
     example = torch.randn(args.batch, channels, *(args.size or size), generator=torch.Generator().manual_seed(0))
     metadata["input_size"] = list(example.shape[1:])
+    if args.size:
+        _check_size(model, example, args.name)
     report = getattr(export, writer)(model, example, path, metadata=metadata, **options)
     found = report["outputs"]
     weights = [path.with_suffix(".bin")] if kind in ("openvino", "ncnn") else []
@@ -103,6 +105,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_size(model: Any, example: Any, name: str) -> None:
+    """Refuse a size that the model does not take, whatever axes are open."""
+    import torch
+
+    from ..export.inputs import first_line
+
+    try:
+        with torch.no_grad():
+            model(example)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        height, width = example.shape[2:]
+        raise ValueError(f"--size {height} {width}: {name} does not take it: {first_line(error)}") from error
+
+
 def _options(args: argparse.Namespace, kind: str, known: tuple[str, ...]) -> dict[str, Any]:
     """Keywords of the writer; options that the format does not have are refused."""
     given = {"target": args.target, "lowering": args.lowering, "half": args.half or None, "dynamic": args.dynamic}
@@ -118,29 +134,23 @@ def _options(args: argparse.Namespace, kind: str, known: tuple[str, ...]) -> dic
 
 def _loaded(name: str, pretrained: bool) -> tuple[Any, dict[str, Any]]:
     """A model, and what a predictor needs to know of it."""
-    from timm.models import is_model, is_model_pretrained
-
-    from .. import create_model
+    from ..inference import load_model
     from ..registry.checkpoint import SegmentationCheckpoint, find
 
     config, record = Path(name, "config.json"), find(name)
     of_smp = config.is_file() and "_model_class" in config.read_text(encoding="utf-8")
     if of_smp or Path(name, "recipe.yaml").is_file():
+        loads = "smp.from_pretrained(FOLDER)" if of_smp else "timm.create_model(NAME, checkpoint_path=FILE)"
+        recorded = f"give its name, {Path(name).name}, or " if find(Path(name).name) else ""
         raise ValueError(
-            f"{name} is a {'segmentation' if of_smp else 'run'} folder: load its model in Python "
-            "(timm.create_model(NAME, checkpoint_path=FILE), of segmentation smp.from_pretrained(FOLDER)) and give it "
-            "to poolskip_zoo.export"
+            f"{name} is a {'segmentation' if of_smp else 'run'} folder: {recorded}load its model in Python ({loads}) "
+            "and give it to poolskip_zoo.export"
         )
     if isinstance(record, SegmentationCheckpoint):
         return _segmentation(record, pretrained)
     if Path(name).is_dir():
         name = f"local-dir:{name}"
-    elif ":" not in name:
-        if not is_model(name.partition(".")[0]):
-            raise ValueError(f"unknown model {name!r}; `poolskip list` prints the names")
-        if pretrained and not is_model_pretrained(name):
-            raise ValueError(f"{name} has no weights; --no-pretrained exports random ones")
-    model = create_model(name, pretrained=pretrained).eval()
+    model = load_model(name, pretrained, "--no-pretrained exports random ones")
     return model, _metadata(model)
 
 

@@ -100,7 +100,13 @@ def _add(args: argparse.Namespace) -> int:
         join_weights(args.run)
     cards = args.cards or _cards_folder()
     text = sys.stdin.read() if args.scores == "-" else Path(args.scores).read_text(encoding="utf-8")
-    record = add_run(args.run, json.loads(text), cards, args.base)
+    try:
+        scores = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--scores {args.scores} is no JSON: {error}") from error
+    if not isinstance(scores, dict):
+        raise ValueError(f"--scores {args.scores} is not what `poolskip validate … --json` prints")
+    record = add_run(args.run, scores, cards, args.base)
     size = (cards / record.name / "model.safetensors").stat().st_size
     print(f"# {cards / record.name}, {size / 1e6:.2f} MB. Put this into CHECKPOINTS of its family in registry/,")
     print("# then run `poolskip hub card --all` and `make tables`:")

@@ -12,8 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: parser of this verb.
     """
     parser.add_argument("pattern", nargs="?", default="*", help="glob over model names, for example 'resnet*'")
-    parser.add_argument("--pretrained", action="store_true", help="only models with a trained checkpoint, with its tag")
-    parser.add_argument("--warm-starts", action="store_true", help="timm's tags that start a variant, Pool Skip at 0")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--pretrained", action="store_true", help="only models with a trained checkpoint, with its tag")
+    group.add_argument("--warm-starts", action="store_true", help="timm's tags that start a variant, Pool Skip at 0")
 
 
 def run(args: argparse.Namespace) -> int:

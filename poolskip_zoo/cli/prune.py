@@ -85,16 +85,17 @@ def _images(args: argparse.Namespace, subject: Any) -> tuple[Any, Any]:
     import torch
 
     from ..data import DATASETS, EvalLoader
-    from ..data.datasets import DATA_DIR_VARIABLE
+    from ..data.datasets import DATA_DIR_VARIABLE, SegmentationInfo
     from .diagnose import image_batches
 
     asked = args.data_dir or args.dataset
     if not (asked or os.environ.get(DATA_DIR_VARIABLE)) or (subject.dataset is None and not asked):
         return None, None
-    if subject.dataset and subject.dataset not in DATASETS:
-        raise ValueError(f"unknown dataset {subject.dataset!r}: one of {', '.join(DATASETS)}")
+    known = [name for name, info in DATASETS.items() if not isinstance(info, SegmentationInfo)]
     if not subject.dataset:
-        raise ValueError(f"it is not known what {args.name!r} was trained on: give --dataset, of {', '.join(DATASETS)}")
+        raise ValueError(f"it is not known what {args.name!r} was trained on: give --dataset, of {', '.join(known)}")
+    if subject.dataset not in known:
+        raise ValueError(f"unknown dataset {subject.dataset!r}: one of {', '.join(known)}")
     hold_out = subject.recipe.hold_out if subject.recipe and subject.recipe.hold_out > 0 else 5000
     shared: dict[str, Any] = {"device": torch.device("cpu"), "hold_out": hold_out}
     held_out = image_batches(subject, args.data_dir, args.images, **shared) if args.images else None

@@ -25,9 +25,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpoint-steps", type=int, default=0, metavar="N", help="also save after every N steps")
     parser.add_argument("--limit-steps", type=int, default=0, metavar="N", help="save and stop after N steps")
-    parser.add_argument("--limit-minutes", type=float, default=0, metavar="M", help="save and stop after M minutes")
+    parser.add_argument("--limit-minutes", type=minutes, default=0, metavar="M", help="save and stop after M minutes")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch CIFAR or Pascal VOC")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
+
+
+def minutes(text: str) -> float:
+    """Read a time limit.
+
+    Args:
+        text: the word of the command line.
+
+    Returns:
+        Minutes; 0 is no limit.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is no number from 0.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes, at least 0")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from .train import minutes
+
 HELP = "train a list of recipes and seeds within a time limit"
 
 
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data-dir", help="data folder (default: the environment variable POOLSKIP_DATA_DIR)")
     parser.add_argument("--output", default="runs", help="folder of run folders (default: %(default)s)")
-    parser.add_argument("--limit-minutes", type=float, default=0, metavar="M", help="save and stop after M minutes")
+    parser.add_argument("--limit-minutes", type=minutes, default=0, metavar="M", help="save and stop after M minutes")
     parser.add_argument(
         "--share",
         default="1/1",

@@ -306,7 +306,7 @@ def _torchvision(class_name: str, subfolder: str) -> Callable[[Path, bool, bool]
         except RuntimeError as error:  # torchvision: missing and damaged files alike
             raise FileNotFoundError(
                 f"{class_name} is missing or damaged in data folder {folder} (looked for {folder / subfolder}); "
-                "--download fetches it"
+                "`poolskip train` and `validate` fetch it with --download"
             ) from error
         return np.asarray(data.data), np.asarray(data.targets, np.int64), list(data.classes)
 

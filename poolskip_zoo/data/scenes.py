@@ -189,7 +189,9 @@ def _open_voc(folder: Path, split: str, download: bool) -> Sequence[Item]:
         data = VOCSegmentation(str(folder), "2012", part, download)
     except (RuntimeError, FileNotFoundError) as error:
         where = folder / "VOCdevkit" / "VOC2012"
-        raise FileNotFoundError(f"Pascal VOC 2012 is not in {where}; --download fetches it") from error
+        raise FileNotFoundError(
+            f"Pascal VOC 2012 is not in {where}; `poolskip train` and `validate` fetch it with --download"
+        ) from error
     return _Lazy(data, range(len(data)), _table("voc2012"))
 
 

@@ -85,9 +85,13 @@ def _base_scores(name: str, base: Path | None) -> dict[str, float]:
 
 
 def _rounded(scores: dict[str, Any]) -> dict[str, float]:
+    """The scores that a record keeps."""
     # Rounding takes away 92.34000000000001, and nothing else: a share of up to 50,000 images has 4 places or fewer.
     names = ("miou", "pixel_accuracy") if "miou" in scores else ("top1", "top5")
-    return {key: round(scores[key], 4) for key in names}
+    try:
+        return {key: round(scores[key], 4) for key in names}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the scores lack a number for {' or '.join(names)}: {scores}") from error
 
 
 def _record(metrics: dict[str, Any], scores: dict[str, Any], sha256: str, base_scores: dict[str, float]) -> Checkpoint:

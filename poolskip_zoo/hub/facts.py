@@ -8,7 +8,7 @@ from timm.models import create_model, get_arch_pretrained_cfgs
 from ..diagnostics.cost import count_macs, count_parameters, measure_latency
 from ..layers import pool_skip_modules
 from ..registry.catalogue import base_name, create_base, registered_models, warm_starts
-from ..registry.checkpoint import checkpoints, find
+from ..registry.checkpoint import SUFFIX, SegmentationCheckpoint, checkpoints, find
 
 __all__ = ["describe"]
 
@@ -27,12 +27,18 @@ def describe(name: str, latency: bool = False) -> dict[str, Any]:
         `places`, `checkpoints`, `warm_starts`, and `base` with the base's `name` and the same numbers.
 
     Raises:
-        ValueError: if no model of this package has the name; the message lists similar ones.
+        ValueError: if no model of this package has the name, or it is that of a segmentation checkpoint; the message
+            lists similar ones.
     """
     arch, _, tag = name.partition(".")
     cfgs = get_arch_pretrained_cfgs(arch)
-    if arch not in registered_models(test=True) or (tag and name not in cfgs):
-        close = get_close_matches(name, [*registered_models(), *cfgs], 5, 0.4)
+    own = registered_models(test=True)
+    if isinstance(find(name), SegmentationCheckpoint):
+        raise ValueError(f"{name} segments, and this is of backbones alone: its card is hub_cards/{name}/README.md")
+    if arch not in own or (tag and name not in cfgs):
+        close = get_close_matches(name, [*registered_models(), *(cfgs if arch in own else ())], 5, 0.4)
+        if arch + SUFFIX in own:  # timm's base
+            close = [arch + SUFFIX]
         hint = f"similar: {', '.join(close)}" if close else "`poolskip list` prints all"
         raise ValueError(f"no model {name!r} in this package; {hint}")
     cfg = cfgs[name] if tag else next(iter(cfgs.values()))
@@ -52,7 +58,7 @@ def describe(name: str, latency: bool = False) -> dict[str, Any]:
         on_cpu = build()
         for fact, milliseconds in zip(facts, measure_latency(on_cpu, cfg.input_size), strict=True):
             fact["latency_ms"] = milliseconds
-    own, base = facts
+    variant, base = facts
     places = [
         {"name": place.rpartition(".")[0], "pool_size": list(layer.window), "groups": layer.conv.groups}
         for place, layer in pool_skip_modules(models[0]).items()
@@ -62,7 +68,7 @@ def describe(name: str, latency: bool = False) -> dict[str, Any]:
         "model_args": model_args,
         "input_size": list(cfg.input_size),
         "num_classes": cfg.num_classes,
-        **{key: value for key, value in own.items() if key != "name"},
+        **{key: value for key, value in variant.items() if key != "name"},
         "places": places,
         "checkpoints": [{"name": c.name, "metrics": c.metrics} for c in checkpoints() if c.arch == arch],
         "warm_starts": [start for start in warm_starts() if start.partition(".")[0] == arch],

@@ -218,7 +218,10 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{path} must hold a mapping of recipe keys, not {type(values).__name__}")
     for override in overrides:
         _override(values, override)
-    return make_recipe(values)
+    try:
+        return make_recipe(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
