@@ -7,12 +7,11 @@ values are the pooled `x` itself, and returns what `max_unpool(values, indices, 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..layers.functional import _window_keys, first_maximum_mask, pool, upsample
 
-__all__ = ["arith", "keys", "max_pool", "scatter"]
+__all__ = ["arith", "keys", "scatter"]
 
 
 def keys(values: Tensor, x: Tensor, window: list[int], ceil_mode: bool, own: bool) -> Tensor:
@@ -100,21 +99,3 @@ def scatter(values: Tensor, indices: Tensor, size: list[int]) -> Tensor:
         cells = cells * each
     zeros = torch.zeros([*outer, cells], dtype=values.dtype, device=values.device)
     return zeros.scatter(start, indices.flatten(start), values.flatten(start)).view([*outer, *size])
-
-
-def max_pool(x: Tensor, window: list[int], ceil_mode: bool) -> Tensor:
-    """Max pooling without indices.
-
-    Args:
-        x: the map.
-        window: window size along each of two or three spatial axes.
-        ceil_mode: whether partial windows at the far edges count.
-
-    Shape:
-        (N, C, *spatial) or (C, *spatial), the output alike.
-
-    Returns:
-        The maximum of each window.
-    """
-    function = F.max_pool2d if len(window) == 2 else F.max_pool3d
-    return function(x, window, window, ceil_mode=ceil_mode)

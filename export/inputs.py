@@ -253,6 +253,9 @@ def bounded(args: tuple[Any, ...], dynamic: Sequence[str]) -> tuple[Any, ...] | 
 
     Returns:
         One entry per argument; None where no axis is open.
+
+    Raises:
+        ValueError: if axes are open and torch is older than 2.7.
     """
     if not dynamic:
         return None

@@ -383,7 +383,7 @@ def _drop_unused_indices(graph: Graph, pooling: Any) -> None:
     with graph.inserting_before(pooling):
         # torch.export freezes the length in max_pool1d.
         x = _lifted(graph, pooling, pair.x) if one else pair.x
-        pooled = graph.call_function(forms.max_pool, (x, [*window, 1] if one else window, pair.ceil_mode))
+        pooled = graph.call_function(functional.pool, (x, [*window, 1] if one else window, pair.ceil_mode))
         if one:
             pooled = graph.call_function(_aten.squeeze.dim, (pooled, -1))
     for user in list(pooling.users):

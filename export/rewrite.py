@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..contexts import kept
 from . import verify
 from .rewrite_inputs import check_size, made_up, open_axes
-from .targets import Target, check_output, check_target, kept
+from .targets import Target, check_output, check_target
 from .verify import KEY, write_report
 
 __all__ = ["rewrite_onnx"]

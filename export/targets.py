@@ -2,8 +2,6 @@
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from torch import nn
 
 from ..layers import unpool
 
-__all__ = ["LOWERINGS", "TARGETS", "Target", "check_drop_in", "check_mode", "check_output", "check_target", "kept"]
+__all__ = ["LOWERINGS", "TARGETS", "Target", "check_drop_in", "check_mode", "check_output", "check_target"]
 
 # keys: a mask of ordinary operators. native: MaxPool with indices and MaxUnpool (ONNX alone). scatter: an index tensor.
 # arith: the keys without comparisons.
@@ -116,25 +114,6 @@ def check_output(path: str | Path, *suffixes: str) -> Path:
         why = "cannot be written" if folder.is_dir() else "is a file"
         raise ValueError(f"path={str(path)!r}: {folder} {why}")
     return path
-
-
-@contextmanager
-def kept(path: Path) -> Iterator[Path]:
-    """Give a file its name once all is well.
-
-    Args:
-        path: its name.
-
-    Yields:
-        The name to write it under. After an error that file is removed, and what was at `path` stays.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_mode(model: nn.Module) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contexts import kept
 from .inputs import capture_open, check_arguments, shapes_of
 from .lower import as_args, blocks_of, lower_unpooling
-from .targets import check_output, kept
+from .targets import check_output
 from .verify import KEY, check_outputs, in_torch, judge, write_report
 
 __all__ = ["to_exported_program"]

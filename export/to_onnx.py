@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
+from ..contexts import kept
 from . import verify
 from .inputs import axes_of, capture_open, check_arguments, shapes_of, unguarded
 from .lower import as_args, blocks_of, lower_program
-from .targets import check_drop_in, check_mode, check_output, check_target, kept
+from .targets import check_drop_in, check_mode, check_output, check_target
 from .verify import KEY, write_report
 
 __all__ = ["compared", "to_onnx"]

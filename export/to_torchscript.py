@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contexts import kept
 from .inputs import check_arguments, first_fit, open_inputs, run_at, unguarded
 from .lower import as_args, lower_unpooling
-from .targets import check_mode, check_output, kept
+from .targets import check_mode, check_output
 from .verify import KEY, check_outputs, in_torch, judge, write_report
 
 __all__ = ["to_torchscript"]

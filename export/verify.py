@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..contexts import kept
 from .onnx_forms import Translation
 
 __all__ = [
@@ -261,9 +262,8 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
         path: the exported file.
         report: JSON-ready facts and measurements.
     """
-    temporary = path.with_name(f".{path.name}.json")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path.with_name(f"{path.name}.json"))
+    with kept(path.with_name(f"{path.name}.json")) as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def flipped_windows(inputs: Iterable[Iterable[_Map]]) -> dict[str, float]:

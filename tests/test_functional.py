@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poolskip_zoo import max_pool_unpool1d, max_pool_unpool2d, max_pool_unpool3d
-from poolskip_zoo.layers.functional import keys_maxima, window_maxima
+from poolskip_zoo.layers.functional import capture_stock, keys_maxima, window_maxima
 
 OPS = {1: max_pool_unpool1d, 2: max_pool_unpool2d, 3: max_pool_unpool3d}
 POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -280,6 +281,13 @@ def test_script_and_trace_at_other_sizes(dims):
     for captured in (torch.jit.script(module), torch.jit.trace(module, torch.randn(2, 2, *[7] * dims))):
         for x in other_sizes(dims):
             assert torch.equal(captured(x), module(x))
+
+
+def test_another_thread_s_export_leaves_a_trace_alone():
+    x = torch.randn(2, 2, 7, 7)
+    with capture_stock(), ThreadPoolExecutor() as pool:
+        traced = pool.submit(torch.jit.trace, Operator(2), x).result()
+    assert torch.equal(traced(x[:1, :, :5]), Operator(2)(x[:1, :, :5]))
 
 
 @every_rank

@@ -11,7 +11,7 @@ from torch.ao.quantization import quantize_fx
 from torch.nn.utils import fusion
 
 import poolskip_zoo  # noqa: F401  (registers)
-from poolskip_zoo.layers import add_pool_skip
+from poolskip_zoo.layers import add_pool_skip, remove_pool_skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 
@@ -60,6 +60,7 @@ def test_quantisation_that_replaces_modules_is_noticed():
     model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     with pytest.raises(RuntimeError, match=r"took the place of one with Pool Skip.*quantise the exported file"):
         model(torch.randn(1, 3, 64, 64))
+    assert remove_pool_skip(model)(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
 
 
 def test_quantisation_of_a_convolution_with_bias_and_activation_cannot_be_noticed():

@@ -51,7 +51,7 @@ def test_there_are_recipes() -> None:
 
 
 def test_written_recipe_holds_every_key_and_reads_back_equal() -> None:
-    recipe = make_recipe({**MINIMAL, "model_args": {"drop_rate": 0.1}, "lr": "1e-3", "warmup_epochs": 1})
+    recipe = make_recipe({**MINIMAL, "model_args": {"drop_rate": 0.1}, "lr": 1e-3, "warmup_epochs": 1})
     values = yaml.safe_load(recipe.to_yaml())
     assert set(values) == {field.name for field in dataclasses.fields(Recipe)}
     assert make_recipe(values) == recipe
@@ -120,6 +120,9 @@ def test_overrides(tmp_path: Path) -> None:
     recipe = load_recipe(path, ["lr=1e-2", "flip=true", "model_args.pool_skip.pool_size=4", "rand_augment="])
     assert (recipe.lr, recipe.flip, recipe.rand_augment) == (0.01, True, "")
     assert recipe.model_args == {"pool_skip": {"pool_size": 4}}
+    path.write_text("{" + yaml.safe_dump(MINIMAL, default_flow_style=True).strip()[1:-1] + ", lr: 2e-3}")
+    recipe = load_recipe(path, ["optimizer_args.eps=1e-8"])
+    assert (recipe.lr, recipe.optimizer_args) == (2e-3, {"eps": 1e-8})
     for text in ("lr", "=3", "name.x=3", "lr=[1"):
         with pytest.raises(ValueError, match="override"):
             load_recipe(path, [text])

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_data import encode, write_pack
 
@@ -21,9 +24,10 @@ from poolskip_zoo.cli import train as train_verb
 from poolskip_zoo.cli import validate as validate_verb
 from poolskip_zoo.data import EvalLoader, load_split
 from poolskip_zoo.registry.resolve import sha256_of
-from poolskip_zoo.training import build, evaluate, train
+from poolskip_zoo.training import build, evaluate, loop, train
 from poolskip_zoo.training.recipe import Recipe, make_recipe
 from poolskip_zoo.training.state import load_checkpoint, open_folder
+from poolskip_zoo.training.task import Classification
 
 # Everything that draws random numbers is on: order, crop, flip, erasing, mixup, dropout.
 EVERYTHING: dict[str, Any] = {
@@ -338,6 +342,39 @@ def test_errors_before_training_leave_no_folder(
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(recipe(**change), data / where, tmp_path / "runs", cpu=True)
     assert not (tmp_path / "runs").exists()
+
+
+def test_switches_of_torch_are_as_before(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        for deterministic in (False, True):
+            with pytest.raises(FileNotFoundError):
+                train(recipe(deterministic=deterministic), data / "nowhere", tmp_path, cpu=True)
+            assert torch.get_deterministic_debug_mode() == 1
+            assert not torch.backends.cudnn.benchmark
+    finally:
+        torch.set_deterministic_debug_mode("default")
+
+
+def test_one_process_fetches_the_data(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    @contextmanager
+    def first(self: Accelerator) -> Iterator[None]:
+        order.append("one process")
+        yield
+        order.append("the others")
+
+    def load(self: Classification, *args: object) -> tuple[object, None]:
+        order.append("loads")
+        return SimpleNamespace(steps=1), None
+
+    monkeypatch.setattr(Accelerator, "local_main_process_first", first)
+    monkeypatch.setattr(Classification, "make_loaders", load)
+    monkeypatch.setattr(loop._Run, "fit", lambda *args: False)
+    assert train(recipe(), data, tmp_path, download=True, cpu=True) is None
+    assert order == ["one process", "loads", "the others"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do fp16")

@@ -39,6 +39,14 @@ def test_a_list_expands_to_seeds_and_changes(tmp_path: Path, tiny: Path) -> None
     assert (recipes[3].lr, recipes[3].model_args) == (0.5, {"drop_rate": 0.25})
 
 
+def test_small_numbers_in_a_list_stay_numbers(tmp_path: Path, tiny: Path) -> None:
+    (tmp_path / "list.yaml").write_text(
+        f"- {{recipe: {tiny}, set: {{optimizer: adamw, optimizer_args: {{eps: 1e-8}}}}}}"
+    )
+    (recipe,) = load_list(tmp_path / "list.yaml")
+    assert recipe.optimizer_args == {"eps": 1e-8}
+
+
 def test_shipped_lists_name_shipped_recipes() -> None:
     names = [recipe.name for recipe in load_list("c10")]
     assert names[:2] == ["resnet20_cifar.c10", "resnet20_cifar_poolskip.c10"]

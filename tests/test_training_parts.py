@@ -144,5 +144,9 @@ def test_evaluate_counts_over_uneven_batches() -> None:
     assert scores.images == 10
     assert model.training
     assert model.was_training == [False, False]
+    model.frozen = nn.BatchNorm2d(1).eval()  # stays so
+    evaluate(model, [(logits, labels)])
+    assert model.training
+    assert not model.frozen.training
     with pytest.raises(ValueError, match="no images"):
         evaluate(model, [])

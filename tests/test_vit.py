@@ -162,6 +162,9 @@ def test_set_input_size(options):
         model.set_input_size(**change)
         x = image(model.patch_embed.img_size)
         torch.testing.assert_close(model(x), oracle(model, x))
+    with pytest.raises((TypeError, ValueError)):
+        model.set_input_size(img_size="x")  # timm's own error, after which all is as before
+    torch.testing.assert_close(model(x), oracle(model, x))
     remove_pool_skip(model)
     assert type(model.patch_embed) is PatchEmbed
     assert not model.patch_embed.proj._forward_hooks

@@ -2,6 +2,8 @@
 
 import argparse
 
+from ..contexts import kept
+
 HELP = "classify sample images, draw what pooling keeps, export to ONNX and compare; segment a road scene"
 _NAME = "resnet20_cifar_poolskip"
 _SEGMENTS = "unet_resnet18_poolskip.camvid_r180"
@@ -106,7 +108,7 @@ def _draw(path, images, ranked, before, window, layer):
     from ..layers import max_pool_unpool2d
 
     # The channel whose kept values vary most shows most.
-    kept = max_pool_unpool2d(before, tuple(window))
+    maxima = max_pool_unpool2d(before, tuple(window))
     channel = int(before.flatten(2).std(-1).mean(0).argmax())
     columns = len(images)
     figure = Figure(figsize=(1.6 * columns + 0.4, 6.6), layout="constrained")
@@ -116,7 +118,7 @@ def _draw(path, images, ranked, before, window, layer):
         axes[0, i].imshow(image, interpolation="nearest")
         axes[0, i].set_title(f"{label} {share:.0%}", fontsize=11)
         scale = float(before[i, channel].abs().max())
-        for row, values in ((1, before), (2, kept)):
+        for row, values in ((1, before), (2, maxima)):
             axes[row, i].imshow(values[i, channel], cmap="RdBu_r", vmin=-scale, vmax=scale, interpolation="nearest")
         for place, (name, value) in enumerate(ranked[i][:3]):
             axes[3, i].barh(-place, value, color="#99c1e8")
@@ -128,9 +130,8 @@ def _draw(path, images, ranked, before, window, layer):
     e = "×".join(map(str, window))
     for row, text in enumerate(("image", f"channel {channel} at\n{layer}", f"kept by {e} pooling", "class scores")):
         axes[row, 0].set_ylabel(text, fontsize=9)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=110, format="png")
-    temporary.replace(path)
+    with kept(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def _export(model, x, path):
@@ -141,22 +142,21 @@ def _export(model, x, path):
 
     # The exporter announces every step and every operator set that is not installed.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    temporary = path.with_name(f".{path.name}")
     try:
-        torch.onnx.export(
-            model,
-            (x,),
-            temporary,
-            input_names=["image"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),  # torch 2.6 would fix a named axis
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        with kept(path) as temporary:
+            torch.onnx.export(
+                model,
+                (x,),
+                temporary,
+                input_names=["image"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),  # torch 2.6 would fix a named axis
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
     except ModuleNotFoundError as error:
         raise ImportError(f"the export needs {error.name}: pip install 'poolskip-zoo[export]'") from error
-    temporary.replace(path)
 
 
 def _compare(path, x, eager):
@@ -182,10 +182,9 @@ def _segment_road(path):
     segmenter = Segmenter.from_pretrained(_SEGMENTS)
     labels = segmenter([image])[0]
     named = truth < len(segmenter.labels)
-    temporary = path.with_name(f".{path.name}")
     panels = [torch.full_like(truth, 255), labels, truth]  # nothing is laid over the first
-    draw_segments(image, panels, segmenter.labels, segmenter.info.palette).save(temporary, "PNG")
-    temporary.replace(path)
+    with kept(path) as temporary:
+        draw_segments(image, panels, segmenter.labels, segmenter.info.palette).save(temporary, "PNG")
     share = (labels == truth)[named].float().mean().item()
     print(f"{path}: a road scene, its segments by {_SEGMENTS} and the ground truth, which share {share:.1%} of pixels")
 

@@ -102,7 +102,11 @@ class Subject:
 
     @property
     def input_size(self) -> tuple[int, int, int]:
-        """Channels, height and width of what the model was trained on."""
+        """Channels, height and width of what the model was trained on.
+
+        Raises:
+            ValueError: if the model does not say.
+        """
         from ..data import DATASETS
 
         if not self.recipe and not hasattr(self.model, "pretrained_cfg"):

@@ -64,8 +64,6 @@ def _named(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 
 def _records(args: argparse.Namespace) -> list[Any]:
-    import poolskip_zoo  # noqa: F401  registers the checkpoints
-
     from ..registry.checkpoint import checkpoints
 
     known = {record.name: record for record in checkpoints()}

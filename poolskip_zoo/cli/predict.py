@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from ..contexts import kept
+
 HELP = "classify or segment image files with trained weights"
 
 
@@ -32,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        ValueError: if `--top` is not between 1 and the number of classes, the model has no weights, or two overlays
-            would have one name.
-        OSError: if a file is missing or no image, or the overlay cannot be written.
+        ValueError: if `--top` is not between 1 and the number of classes, the model has no weights, a file
+            is no image, or two overlays would have one name.
+        OSError: if a file is missing, or the overlay cannot be written.
     """
     import json
 
@@ -91,9 +93,8 @@ def _segment(args: argparse.Namespace, recipe: Any) -> int:
             (segmenter.labels[place], shares[place].item()) for place in shares.argsort(descending=True)[: args.top]
         ]
         overlay = folder / f"{stem}_segmented.png"
-        temporary = overlay.with_name(f".{overlay.name}")
-        draw_segments(image, [labels], segmenter.labels, segmenter.info.palette).save(temporary, "PNG")
-        temporary.replace(overlay)
+        with kept(overlay) as temporary:
+            draw_segments(image, [labels], segmenter.labels, segmenter.info.palette).save(temporary, "PNG")
         if args.json:
             classes = [{"label": label, "share": share} for label, share in best]
             print(json.dumps({"image": path, "classes": classes, "overlay": str(overlay)}))

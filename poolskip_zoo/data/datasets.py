@@ -214,8 +214,8 @@ def load_splits(
 
     Raises:
         ValueError: If the name, the split, or ``hold_out`` is unknown or impossible.
-        FileNotFoundError: If the folder or a file is missing.
-        RuntimeError: If a file is damaged.
+        FileNotFoundError: If the folder or a file is missing, or a file of CIFAR-10 or CIFAR-100 is damaged.
+        RuntimeError: If a pack is damaged.
     """
     check_splits(name, splits, _READERS)
     if download and name.endswith("_jpeg"):

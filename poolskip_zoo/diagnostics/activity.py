@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..contexts import evaluating
 from .measures import filters_of
 
 __all__ = ["Activity", "Batches", "observe"]
@@ -56,7 +57,7 @@ def observe(model: nn.Module, convolutions: Mapping[str, Any], batches: Batches,
     watch = _ReluWatch()
     sums: dict[str, Tensor] = {}
     images = labelled = 0
-    with _evaluating(model), watch.hooks(convolutions):
+    with evaluating(model), watch.hooks(convolutions):
         for batch in batches:
             x, labels = (batch, None) if isinstance(batch, Tensor) else batch
             images += len(x)
@@ -130,18 +131,6 @@ class _ReluWatch(TorchFunctionMode):
 def _floor(args: Any, kwargs: Any) -> Any:
     """`min_val` of hardtanh, which torch's ReLU6 is made of."""
     return args[1] if len(args) > 1 else (kwargs or {}).get("min_val", -1)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _add_gradients(

@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from ..layers import pool_skip_modules
+from ..layers.placement import norm_after
 from .activity import Activity, Batches, Loss, observe
 from .measures import filters_of, l2_l1, orthogonality, small_scale, small_weights, sparsity, variance_entropy
 
@@ -19,7 +20,6 @@ __all__ = ["KINDS", "Diagnosis", "LayerDiagnosis", "diagnose"]
 
 # Convolutions of the model itself, and those inside Pool Skip layers.
 KINDS = ("base", "pool_skip")
-_NORMS = ("norm", "bn")
 
 
 @dataclass(frozen=True)
@@ -209,18 +209,7 @@ def _measure(model: nn.Module, activity: Activity, name: str, kind: str, depth: 
 
 
 def _norm_after(model: nn.Module, name: str, channels: int) -> str | None:
-    """Name of the norm that is a module's next sibling, or the first inside it, with one scale for each channel."""
-    parent, _, child = name.rpartition(".")
-    siblings = dict(model.get_submodule(parent).named_children())
-    following = list(siblings)[list(siblings).index(child) + 1 :] if child in siblings else []
-    if not following:
-        return None
-    path, module = f"{parent}.{following[0]}".lstrip("."), siblings[following[0]]
-    while not [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-        inner = next(module.named_children(), None)
-        if inner is None:
-            return None
-        path, module = f"{path}.{inner[0]}", inner[1]
-    scale = getattr(module, "weight", None)
-    is_norm = any(word in type(module).__name__.lower() for word in _NORMS)
-    return path if is_norm and isinstance(scale, torch.Tensor) and scale.shape == (channels,) else None
+    """Name of the norm that directly follows a module and has one scale for each channel."""
+    path, norm = norm_after(model, name) or (None, None)
+    scale = getattr(norm, "weight", None)
+    return path if isinstance(scale, torch.Tensor) and scale.shape == (channels,) else None

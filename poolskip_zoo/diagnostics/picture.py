@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from ..contexts import kept
 from .filters import KINDS, Diagnosis, LayerDiagnosis
 
 __all__ = ["draw", "table"]
@@ -131,9 +132,8 @@ def draw(folder: Path, diagnoses: Mapping[str, Diagnosis]) -> list[Path]:
         axes.grid(alpha=0.3)
         figure.legend(loc="outside upper center")
         path = folder / f"{measure}.png"
-        temporary = path.with_name(f".{path.name}")
-        figure.savefig(temporary, format="png", dpi=110)
-        temporary.replace(path)
+        with kept(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
         paths.append(path)
     return paths
 

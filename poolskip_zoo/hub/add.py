@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..contexts import kept
 from ..registry.catalogue import base_name
 from ..registry.checkpoint import CARRIED, Checkpoint, SegmentationCheckpoint
 from ..registry.resolve import sha256_of
@@ -60,9 +61,8 @@ def add_run(run: Path, scores: dict[str, Any], cards: Path, base: Path | None = 
     if (folder / WEIGHTS).is_file() and sha256_of(folder / WEIGHTS) != sha256:
         raise ValueError(f"{folder} has other weights; weights are never replaced: give the new ones another tag")
     record = _record(metrics, scores, sha256, _base_scores(name, base))
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(weights, folder / f".{WEIGHTS}")
-    (folder / f".{WEIGHTS}").replace(folder / WEIGHTS)
+    with kept(folder / WEIGHTS) as temporary:
+        shutil.copyfile(weights, temporary)
     write_card(record, folder)
     verify_folder(record, folder)
     return record

@@ -14,6 +14,7 @@ from timm.models import create_model
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
+from ..contexts import kept
 from ..data import DATASETS
 from ..diagnostics.cost import count_macs, count_parameters
 from ..layers import pool_skip_modules
@@ -94,7 +95,7 @@ Measured on the test set by `poolskip validate {name} --data-dir DATA`. Costs ar
 Data: {data}. Terms of the data: {terms}.
 One run, seed {seed}, {hours:.2f} hours on {hardware}{speed}.
 The base model and the variant are trained by the same recipe.
-`poolskip train {recipe_name} --data-dir DATA{seed_option}` repeats it:
+`poolskip train {recipe_name} --data-dir DATA --set seed={seed}` repeats it:
 
 ```yaml
 {recipe}
@@ -150,7 +151,6 @@ def card_text(record: Checkpoint) -> str:
         data=data.title,
         terms=data.licence,
         seed=record.seed,
-        seed_option=f" --set seed={record.seed}",
         hours=record.hours,
         hardware=record.hardware,
         speed=_speed(record),
@@ -402,6 +402,5 @@ def _wrapped(text: str, indent: str = "") -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with kept(path) as temporary:
+        temporary.write_bytes(content)

@@ -1,7 +1,6 @@
 """Publish a checkpoint's folder to the Hugging Face Hub, and prove that what arrives is what was sent."""
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from .. import __version__
@@ -19,7 +18,6 @@ def publish(
     *,
     private: bool = False,
     dry_run: bool = False,
-    say: Callable[[str], None] = print,
 ) -> str | None:
     """Upload a verified folder, tag it, download it into an empty cache and verify that.
 
@@ -32,7 +30,6 @@ def publish(
         org: organisation or user on the Hub.
         private: whether a new repository is private.
         dry_run: say what would be done, without any request.
-        say: takes the lines to print.
 
     Returns:
         The commit to pin as the record's `revision`; None after a dry run.
@@ -47,25 +44,25 @@ def publish(
     verify_folder(record, folder)
     if dry_run:
         size = sum((folder / name).stat().st_size for name in FILES)
-        say(f"{repo}: would upload {len(FILES)} files, {size:,} bytes, and tag them {version}")
+        print(f"{repo}: would upload {len(FILES)} files, {size:,} bytes, and tag them {version}")
         return None
     if constants.HF_HUB_OFFLINE:
         raise RuntimeError(f"{repo}: HF_HUB_OFFLINE is set")
     with tempfile.TemporaryDirectory(prefix="poolskip-publish-") as cache:
         try:
-            commit = _upload(repo, folder, version, private, say)
+            commit = _upload(repo, folder, version, private)
             got = huggingface_hub.snapshot_download(repo, revision=commit, cache_dir=cache, allow_patterns=list(FILES))
         # The client raises OSError, ValueError, RuntimeError, its own classes and its HTTP library's.
         except Exception as error:
             raise RuntimeError(f"{repo}: {_reason(error)}") from error
         _compare(record, folder, Path(got), repo)
-    say(f'{repo}: published and verified; pin it with revision="{commit}" in the record')
+    print(f'{repo}: published and verified; pin it with revision="{commit}" in the record')
     if org != HUB_ORG:
-        say(f"{repo}: the records look for {HUB_ORG}/{record.name}; HUB_ORG in registry/checkpoint.py decides that")
+        print(f"{repo}: the records look for {HUB_ORG}/{record.name}; HUB_ORG in registry/checkpoint.py decides that")
     return commit
 
 
-def _upload(repo: str, folder: Path, version: str, private: bool, say: Callable[[str], None]) -> str | None:
+def _upload(repo: str, folder: Path, version: str, private: bool) -> str | None:
     """Create, upload and tag, where that is not done yet; return the commit."""
     from huggingface_hub import HfApi
 
@@ -78,7 +75,7 @@ def _upload(repo: str, folder: Path, version: str, private: bool, say: Callable[
     if version not in tags:
         api.create_tag(repo, tag=version, revision=commit, exist_ok=True)
     elif tags[version] != commit:
-        say(f"{repo}: {version} stays at {tags[version]}; tags are never moved")
+        print(f"{repo}: {version} stays at {tags[version]}; tags are never moved")
     return commit
 
 

@@ -10,6 +10,7 @@ Three forms compute the same map (the largest value of each window at its place,
   large for exact keys.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -178,7 +179,13 @@ def is_graph_capture() -> bool:
     return torch.jit.is_tracing() or exporting()
 
 
-_stock_captures = 0
+class _StockCaptures(threading.local):
+    """How many `capture_stock` are open in this thread."""
+
+    count = 0
+
+
+_stock_captures = _StockCaptures()
 
 
 @contextmanager
@@ -187,17 +194,16 @@ def capture_stock() -> Iterator[None]:
 
     For whoever rewrites that pair in the captured graph.
     """
-    global _stock_captures
-    _stock_captures += 1
+    _stock_captures.count += 1
     try:
         yield
     finally:
-        _stock_captures -= 1
+        _stock_captures.count -= 1
 
 
 @torch.jit.unused
 def _captures_keys() -> bool:
-    return is_graph_capture() and not _stock_captures
+    return is_graph_capture() and not _stock_captures.count
 
 
 @torch.jit.unused

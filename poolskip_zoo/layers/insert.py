@@ -156,7 +156,8 @@ def remove_pool_skip(model: ModelT) -> ModelT:
     for module in model.modules():
         for key, hook in list(module._forward_hooks.items()):
             if hook is _apply_pool_skip:
-                del module._forward_hooks[key], module.pool_skip
+                del module._forward_hooks[key]
+                module._modules.pop("pool_skip", None)  # what took a module's place may have its hook alone
     detach_grid(model)
     return model
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from .pool_skip import PoolSkip
 
-__all__ = ["Groups", "Placement", "PlacementLike", "Rule", "register_placements", "resolve_placement"]
+__all__ = ["Groups", "Placement", "PlacementLike", "Rule", "norm_after", "register_placements", "resolve_placement"]
 
 # A number, the convolution's own ("auto"), or one per channel ("depthwise").
 Groups = int | Literal["auto", "depthwise"]
@@ -146,15 +146,10 @@ def _auto_names(model: nn.Module) -> list[str]:
     convolutions = [name for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS)]
     names = []
     for name in convolutions[1:]:
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        children = dict(parent.named_children())
-        following = list(children)[list(children).index(child) + 1 :]
-        if not following or not _starts_with_norm(children[following[0]]):
-            continue
+        convolution, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
         shortcut = any(word in name.split(".") for word in _SHORTCUTS)
-        excepted = shortcut or _is_gate(children[child], parent) or _widens(children[child])
-        if not excepted and not _reparameterised(model, name):
+        excepted = shortcut or _is_gate(convolution, parent) or _widens(convolution)
+        if norm_after(model, name) and not excepted and not _reparameterised(model, name):
             names.append(name)
     return names
 
@@ -168,13 +163,29 @@ def _is_gate(convolution: Any, parent: nn.Module) -> bool:
     return set(convolution.kernel_size) == {1} and any(word in name for word in _GATES)
 
 
-def _starts_with_norm(module: nn.Module) -> bool:
+def norm_after(model: nn.Module, name: str) -> tuple[str, nn.Module] | None:
+    """The norm that directly follows a module: its next sibling, or the first inside what only holds a norm.
+
+    Args:
+        model: the model.
+        name: dotted name of the module.
+
+    Returns:
+        Dotted name and module, or None.
+    """
+    parent, _, child = name.rpartition(".")
+    siblings = dict(model.get_submodule(parent).named_children())
+    following = list(siblings)[list(siblings).index(child) + 1 :] if child in siblings else []
+    if not following:
+        return None
+    path, module = f"{parent}.{following[0]}".lstrip("."), siblings[following[0]]
     # A norm may have children (timm's BatchNormAct2d holds its activation); what only holds a norm has no state.
-    state = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    children = list(module.children())
-    if state or not children:
-        return any(word in type(module).__name__.lower() for word in _NORMS)
-    return _starts_with_norm(children[0])
+    while not [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+        inner = next(module.named_children(), None)
+        if inner is None:
+            break
+        path, module = f"{path}.{inner[0]}", inner[1]
+    return (path, module) if any(word in type(module).__name__.lower() for word in _NORMS) else None
 
 
 def _reparameterised(model: nn.Module, name: str) -> str:

@@ -200,9 +200,13 @@ class GridPatchEmbed(PatchEmbed):
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         grid = _take_grid(self.proj)
-        # A new patch size brings a new convolution.
-        super().set_input_size(*args, **kwargs)
-        _give_grid(self, grid)
+        try:
+            # A new patch size brings a new convolution.
+            super().set_input_size(*args, **kwargs)
+            if grid.fixed:
+                grid.resize(*self.dynamic_feat_size(self.img_size))
+        finally:
+            _give_grid(self, grid)
 
 
 # tuple[Tensor] as TorchScript wants it: a convolution has one input.

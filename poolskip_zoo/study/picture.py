@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ..contexts import kept
 from .results import ARMS, COMPARED, LayerRow, Run, chosen, decays
 
 __all__ = ["draw_cost", "draw_depth"]
@@ -125,6 +126,5 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
+    with kept(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -201,11 +201,11 @@ def reported(runs: Iterable[Run]) -> list[Run]:
     """
     runs = list(runs)
     nets = {run.net for run in runs}
-    kept = {run.recipe: run for net in nets for arm in ARMS for run in chosen(runs, net, arm)}
+    kept = {run.recipe for net in nets for arm in ARMS for run in chosen(runs, net, arm)}
     for net in nets:
         for arm in COMPARED:
             for decay in decays(runs, net):
-                kept.update((run.recipe, run) for run in chosen(runs, net, arm, decay))
+                kept.update(run.recipe for run in chosen(runs, net, arm, decay))
     return [run for run in runs if run.recipe in kept]
 
 

@@ -37,6 +37,7 @@ def make_accelerator(recipe: Recipe, cpu: bool = False) -> Accelerator:
     """
     try:
         import matplotlib  # noqa: F401  # its curves come last, and must not fail then
+        import tqdm  # noqa: F401
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
     except ImportError as error:
@@ -61,8 +62,6 @@ def is_known(model: str) -> bool:
         True for a model that `timm.create_model` makes.
     """
     import timm
-
-    import poolskip_zoo
 
     if not timm.is_model(model):
         import poolskip_zoo.study  # noqa: F401

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..contexts import evaluating
 from ..inference import segment
 
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -183,17 +184,13 @@ def _sum_batches(
     reduce: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> torch.Tensor:
     """Sum what every batch gives, `length` float64 with the number of images at the end, over the processes too."""
-    was_training = model.training
-    model.eval()
     total: torch.Tensor | None = None
-    try:
+    with evaluating(model):
         for images, labels in loader:
             with autocast():
                 logits = forward(images, labels)
             part = sums(logits.float(), labels)
             total = part if total is None else total + part
-    finally:
-        model.train(was_training)
     if reduce is not None:
         device = next(model.parameters()).device
         total = reduce(torch.zeros(length, dtype=torch.float64, device=device) if total is None else total)

@@ -85,8 +85,9 @@ def train(
         return metrics
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(recipe.deterministic or was_deterministic)
+    mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
+    if recipe.deterministic:
+        torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not recipe.deterministic
     try:
         accelerator = build.make_accelerator(recipe, cpu)
@@ -97,7 +98,8 @@ def train(
         finally:
             run.close()
     finally:
-        torch.use_deterministic_algorithms(was_deterministic)
+        torch.set_deterministic_debug_mode(mode)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 class _Run:
@@ -120,7 +122,9 @@ class _Run:
         model = self.task.make_model()
         self.loader: TrainBatches
         self.val_loader: Batches | None
-        self.loader, self.val_loader = self.task.make_loaders(data_dir, download, accelerator)
+        # One process of each machine fetches the data, and the others find them.
+        with accelerator.local_main_process_first() if download else nullcontext():
+            self.loader, self.val_loader = self.task.make_loaders(data_dir, download, accelerator)
         model = model.to(accelerator.device)
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)

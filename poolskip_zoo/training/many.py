@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from .loop import train
-from .recipe import RECIPE_DIR, Recipe, load_recipe
+from .recipe import RECIPE_DIR, Recipe, load_recipe, read_yaml
 from .state import finished_metrics, run_folder, write_atomic
 
 SUMMARY = "results.csv"
@@ -74,7 +74,7 @@ def load_list(
         names = ", ".join(sorted(each.stem for each in shipped.parent.glob("*.yaml")))
         raise FileNotFoundError(f"no file {str(source)!r} and no shipped list of that name; shipped: {names}")
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entries = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(entries, list) or not entries:
@@ -232,8 +232,8 @@ def train_many(
     outcomes = [Outcome(recipe, "waiting") for recipe in recipes]
     main = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the one that writes
     for place, recipe in enumerate(recipes):
-        left = end - time.monotonic() if limit_seconds else 0
-        late = _agreed(limit_seconds > 0 and left <= 0)
+        left = _agreed(end - time.monotonic()) if limit_seconds else 0
+        late = limit_seconds > 0 and left <= 0
         folder = run_folder(output, recipe)
         try:
             if late:  # what was finished before has its line all the same

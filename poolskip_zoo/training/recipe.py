@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -191,6 +192,34 @@ _CLASSIFICATION_KEYS = (
 _DECIDED = {"num_classes", "classes", "aux_params"}
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-3, without a point, for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Read YAML in which 1e-3 is a number.
+
+    Args:
+        text: one document.
+
+    Returns:
+        Plain data.
+
+    Raises:
+        yaml.YAMLError: If it is none.
+
+    Example:
+        >>> read_yaml("{eps: 1e-8, name: c10_e60}")
+        {'eps': 1e-08, 'name': 'c10_e60'}
+    """
+    return yaml.load(text, _Loader)  # a safe loader
+
+
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
@@ -211,7 +240,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = _find(str(source))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -287,22 +316,19 @@ def _override(values: dict[str, Any], text: str) -> None:
         if not isinstance(target, dict):
             raise ValueError(f"override {text!r}: {part} is no mapping")
     try:
-        target[parts[-1]] = yaml.safe_load(value) if value else ""
+        target[parts[-1]] = read_yaml(value) if value else ""
     except yaml.YAMLError as error:
         raise ValueError(f"override {text!r}: the value is no valid YAML") from error
 
 
 def _coerce(key: str, value: Any, kind: Any) -> Any:
-    """Check a value's type; YAML reads 1e-3 as text and 1 as an integer, which floats accept."""
+    """Check a value's type; YAML reads 1 as an integer, which floats accept."""
     origin = typing.get_origin(kind) or kind
-    if origin is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    elif origin is list and isinstance(value, list | tuple):
+    if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if origin is list and isinstance(value, list | tuple):
         return [_coerce(key, each, typing.get_args(kind)[0]) for each in value]
-    elif isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
+    if isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
         return dict(value) if origin is dict else value
     raise ValueError(f"recipe key {key}={value!r} must be of type {origin.__name__}")
 

@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from ..data.augment import random_bits
-from .recipe import Recipe, make_recipe
+from .recipe import Recipe, make_recipe, read_yaml
 
 CHECKPOINT = "last.pt"
 # All that is written into a run's folder
@@ -64,7 +64,7 @@ def finished_metrics(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
         ValueError: If the folder holds a run of another recipe.
     """
     try:
-        written = make_recipe(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
+        written = make_recipe(read_yaml((folder / "recipe.yaml").read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, yaml.YAMLError) as error:
