@@ -190,7 +190,7 @@ def check_copies(name: str) -> None:
 def check_settings_are_refused(name: str) -> None:
     refused: dict[str, Any] = {
         "unknown placement 'nowhere'": {"placement": "nowhere"},
-        "'layerz.*' matches nothing": {"placement": "layerz.*"},
+        "placement ['layerz.*'] matches nothing": {"placement": "layerz.*"},
         "pool_size=1": {"pool_size": 1},
         "pool_size=2.5": {"pool_size": 2.5},
         "groups=997": {"groups": 997},
