@@ -51,6 +51,7 @@ def test_shipped_lists_name_shipped_recipes() -> None:
     names = [recipe.name for recipe in load_list("c10")]
     assert names[:2] == ["resnet20_cifar.c10", "resnet20_cifar_poolskip.c10"]
     assert len(names) == 8
+    assert len(load_list("camvid")) == 6
     with pytest.raises(FileNotFoundError, match=r"no shipped list of that name; shipped: .*c10"):
         load_list("c11")
 
