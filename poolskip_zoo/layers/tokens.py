@@ -203,10 +203,10 @@ class GridPatchEmbed(PatchEmbed):
         try:
             # A new patch size brings a new convolution.
             super().set_input_size(*args, **kwargs)
-            if grid.fixed:
-                grid.resize(*self.dynamic_feat_size(self.img_size))
         finally:
             _give_grid(self, grid)
+        if grid.fixed:
+            grid.resize(*self.dynamic_feat_size(self.img_size))
 
 
 # tuple[Tensor] as TorchScript wants it: a convolution has one input.
@@ -215,8 +215,6 @@ def _note_grid(self, input: tuple[Tensor], output: Tensor) -> Tensor:
 
 
 def _give_grid(embed: PatchEmbed, grid: Grid) -> None:
-    if grid.fixed:
-        grid.resize(*embed.dynamic_feat_size(embed.img_size))
     embed.proj.pool_skip_grid = grid
     embed.proj.register_forward_hook(_note_grid)
 
@@ -284,7 +282,10 @@ def attach_grid(model: nn.Module) -> Grid:
     embed = vit.patch_embed
     if not isinstance(embed, GridPatchEmbed):
         fixed = embed.strict_img_size and embed.img_size is not None
-        _give_grid(embed, Grid(vit.num_prefix_tokens, fixed))
+        grid = Grid(vit.num_prefix_tokens, fixed)
+        if fixed:
+            grid.resize(*embed.dynamic_feat_size(embed.img_size))
+        _give_grid(embed, grid)
         embed.__class__ = GridPatchEmbed
     return embed.proj.pool_skip_grid
 
