@@ -42,6 +42,17 @@ def base_of(head, **kwargs):
     return BASES[head](ENCODER, encoder_weights=None, **kwargs).eval()
 
 
+# --- encoders
+
+
+@pytest.mark.parametrize(
+    ("head", "encoder"), [*((head, "resnet50_poolskip") for head in HEADS), ("segnet", "vgg11_bn_poolskip")]
+)
+def test_wrong_encoder_weights_list_the_options(head, encoder):
+    with pytest.raises(ValueError, match=rf"no weights 'cs' for the encoder '{encoder}': choose 'imagenet', "):
+        smp.create_model(head, encoder, encoder_weights="cs")
+
+
 # --- where Pool Skip is
 
 

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+from segmentation_models_pytorch import encoders
 from segmentation_models_pytorch.base import ClassificationHead, SegmentationHead
 from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
 from segmentation_models_pytorch.base.modules import Conv2dReLU
-from segmentation_models_pytorch.encoders import get_encoder
 from torch import Tensor, nn
 
 from ...layers.placement import Rule, register_placements
@@ -105,7 +105,8 @@ class SegNet(PoolSkipHead):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        encoder: Any = get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
+        # By its module: registration puts ours in its place there.
+        encoder: Any = encoders.get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
         self.encoder = checked_encoder(encoder, encoder_name, kwargs)
         channels = encoder.out_channels
         self.decoder = SegNetDecoder(channels, _layers(encoder, encoder_name, encoder_depth), decoder_use_norm)
