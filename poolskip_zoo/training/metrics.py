@@ -98,7 +98,7 @@ def draw_curves(path: Path, history: list[Row], title: str) -> None:
     except ImportError as error:
         raise RuntimeError("curves need matplotlib: pip install 'poolskip-zoo[train]'") from error
     panels = [
-        ("loss", ("train_loss", "val_loss"), "cross entropy"),
+        ("loss", ("train_loss", "val_loss"), "train: as trained, val: cross entropy"),
         ("scores", ("val_top1", "val_top5", "val_miou", "val_pixel_accuracy"), "on held-out images, %"),
         ("learning rate", ("lr",), "at the end of the epoch"),
     ]
