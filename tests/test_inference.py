@@ -79,7 +79,7 @@ def test_models_that_there_are_not(name, said, tmp_path, monkeypatch):
         load_model(name)
 
 
-def test_timm_s_own_weights_are_asked_for_once(monkeypatch, tmp_path):
+def test_a_hub_out_of_reach_is_told_at_once_of_timm_s_models_too(monkeypatch, tmp_path):
     def offline():
         raise ConnectionError("no route")
 
