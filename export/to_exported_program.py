@@ -1,5 +1,6 @@
 """Programs of torch.export (.pt2) that load without this package."""
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,9 +54,10 @@ def to_exported_program(
         program = torch.export.export(lowered, inputs[0], dynamic_shapes=shapes_of(inputs[0], dynamic), strict=False)
     used = sorted({block.lowering for block in blocks_of(lowered)})
     report = {"file": path.name, "dynamic": list(dynamic), "lowering": used, **(metadata or {})}
-    # torch refuses names that do not end in .pt2.
     with kept(path) as temporary:
-        torch.export.save(program, temporary, extra_files={KEY: json.dumps(report)})
+        buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
+        torch.export.save(program, buffer, extra_files={KEY: json.dumps(report)})
+        temporary.write_bytes(buffer.getbuffer())
         if any(name != "batch" for name in dynamic):
             # The checks of sizes in the file refuse maps of a single cell, as small inputs may lead to.
             del inputs[2:4]

@@ -1,5 +1,6 @@
 """TorchScript files that load without this package."""
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -58,7 +59,9 @@ def to_torchscript(
         module = torch.jit.script(model) if method == "script" else _trace(model, inputs[0])
     report = {"file": path.name, "method": method, "dynamic": list(dynamic), **(metadata or {})}
     with kept(path) as temporary:
-        torch.jit.save(module, temporary, _extra_files={KEY: json.dumps(report)})
+        buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
+        torch.jit.save(module, buffer, _extra_files={KEY: json.dumps(report)})
+        temporary.write_bytes(buffer.getbuffer())
         report["outputs"] = check_outputs(in_torch(torch.jit.load(temporary)), model, inputs, False)
         judge(report["outputs"], path)
         report.pop("class_names", None)

@@ -1,5 +1,6 @@
 """The command line: what it prints, and one line for every mistake."""
 
+import io
 import json
 import subprocess
 import sys
@@ -54,6 +55,14 @@ def test_info_json(capsys):
     assert 1.9 < facts["macs"] / facts["base"]["macs"] < 2.1
     assert len(facts["places"]) == 16
     assert "resnet18_poolskip.a1_in1k" in facts["warm_starts"]
+
+
+def test_a_stream_without_the_sign_gets_another(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["info", "test_resnet_cifar_poolskip", "--no-latency"]) == 0
+    stream.flush()
+    assert b"32?32" in stream.buffer.getvalue()
 
 
 def test_info_measures_latency(capsys):

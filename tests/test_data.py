@@ -23,12 +23,12 @@ def encode(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_pack(path: Path, **parts: tuple[list[bytes], list[int]]) -> None:
-    arrays: dict[str, np.ndarray] = {"classes": np.array([f"class{i}" for i in range(10)])}
+def write_pack(path: Path, count: int = 10, **parts: tuple[list[bytes], list[int]]) -> None:
+    arrays: dict[str, np.ndarray] = {"classes": np.array([f"class{i}" for i in range(count)])}
     for prefix, (files, labels) in parts.items():
         arrays[f"{prefix}_jpeg"] = np.frombuffer(b"".join(files), np.uint8)
         arrays[f"{prefix}_offset"] = np.cumsum([0] + [len(file) for file in files])
-        arrays[f"{prefix}_label"] = np.array(labels, np.uint8)
+        arrays[f"{prefix}_label"] = np.array(labels)
     np.savez(path, **arrays)
 
 
@@ -41,8 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels = [i // 10 for i in range(100)]
     write_pack(path / "cifar10_jpeg.npz", train=(train, labels), test=(test, [i // 2 for i in range(20)]))
     for start, part in enumerate("abc"):
-        write_pack(path / f"tiny_imagenet_train_{part}.npz", train=(train[start::3], labels[start::3]))
-    write_pack(path / "tiny_imagenet_val.npz", val=(test, [i // 2 for i in range(20)]))
+        write_pack(path / f"tiny_imagenet_train_{part}.npz", 200, train=(train[start::3], labels[start::3]))
+    write_pack(path / "tiny_imagenet_val.npz", 200, val=(test, [i // 2 for i in range(20)]))
     return path
 
 
@@ -84,6 +84,21 @@ def test_damaged_packs_are_named(tmp_path: Path, folder: Path) -> None:
     write_pack(path, train=([good, good], [0]))
     with pytest.raises(RuntimeError, match="damaged"):
         read_pack(path, "train")
+    for label in (-100, -1, 10):
+        write_pack(path, train=([good, good], [1, label]))
+        with pytest.raises(RuntimeError, match=rf"train_label holds .*{label}.*expected 0 to 9"):
+            read_pack(path, "train")
+    for labels, what in (([0.7, 1.0], r"float64\[2\]"), (["a", "b"], r"<U1\[2\]"), ([[0], [1]], r"int64\[2, 1\]")):
+        write_pack(path, train=([good, good], labels))
+        with pytest.raises(RuntimeError, match=rf"train_label is {what}, not a row of integers"):
+            read_pack(path, "train")
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(RuntimeError, match="no readable"):
+        read_pack(path, "train")
+    write_pack(path.with_name("cifar10_jpeg.npz"), 3, test=([good, good], [0, 2]))
+    with pytest.raises(RuntimeError, match="have 3 classes, not 10"):
+        load_split("cifar10_jpeg", "test", tmp_path)
 
 
 def test_splits_are_disjoint_balanced_and_fixed(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """Checks of exported files: what is wrong is refused, and nothing is left behind."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +175,29 @@ def test_flips_of_near_ties_are_told_from_others():
     assert found["error_where_flipped"] < 1e-6
     outputs = {"max_relative_error": 0.5, "tolerance": 1e-3, "agreement": 0.999, "inputs": [], **found}
     verify.judge(outputs, Path("net.onnx"))
+    with pytest.raises(RuntimeError, match=r"only 99\.4% of the classes equal eager mode's \(asked: 99\.5%\)"):
+        verify.judge({**outputs, "agreement": 0.994}, Path("net.onnx"))
     found = verify.flipped_windows([*legitimate, [(other, other.flip(-1), *window)]])
     with pytest.raises(RuntimeError, match=r"no near-tie explains it"):
         verify.judge({**outputs, **found}, Path("net.onnx"))
+
+
+FULL = """
+import resource, signal, sys, torch
+from poolskip_zoo.export import to_exported_program, to_torchscript
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+write = to_torchscript if sys.argv[1].endswith(".ts") else to_exported_program
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    write(torch.nn.Linear(100, 100).eval(), torch.randn(2, 100), sys.argv[1])
+except OSError as error:
+    print("error:", error.strerror)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".pt2"])
+def test_a_disk_that_takes_no_more_is_an_error_and_leaves_nothing(tmp_path, suffix):
+    command = [sys.executable, "-c", FULL, str(tmp_path / f"net{suffix}")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "error: File too large\n", done.stderr
+    assert not list(tmp_path.iterdir())

@@ -62,7 +62,7 @@ def test_open_sizes(tmp_path, options, lowerings, has):
     assert report["bit_comparisons"] >= 2
     assert report["outputs"]["max_relative_error"] <= 1e-3
     assert report["outputs"]["agreement"] >= 0.995
-    assert json.loads((tmp_path / "net.onnx.json").read_text()) == json.loads(json.dumps(report))
+    assert json.loads((tmp_path / "net.onnx.json").read_text(encoding="utf-8")) == json.loads(json.dumps(report))
     assert has in operators(path)
     assert "Equal" not in operators(path) or lowerings[0] != "arith"
     dims = [dim.dim_param or dim.dim_value for dim in onnx.load(path).graph.input[0].type.tensor_type.shape.dim]

@@ -38,13 +38,15 @@ def assert_current(record, folder, to):
     write_card(record, again)
     assert (again / "README.md").read_bytes() == (folder / "README.md").read_bytes()
     # By value, for timm's order of entries is its own; so its sum is compared apart.
-    assert json.loads((again / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    assert json.loads((again / "config.json").read_text(encoding="utf-8")) == json.loads(
+        (folder / "config.json").read_text(encoding="utf-8")
+    )
     shutil.copyfile(folder / "config.json", again / "config.json")
     write_sums = "".join(
         f"{resolve.sha256_of(again / name)}  {name}\n"
         for name in ("README.md", "config.json", "golden.safetensors", WEIGHTS)
     )
-    assert (folder / "SHA256SUMS").read_text() == write_sums
+    assert (folder / "SHA256SUMS").read_text(encoding="utf-8") == write_sums
     verify_folder(record, folder)
 
 
@@ -84,7 +86,7 @@ def test_front_matter(trained):
      ("datasets", []), ("model-index", None)],
 )  # fmt: skip
 def test_front_matter_that_the_hub_does_not_take(trained, key, value):
-    _, front, body = (trained[1] / "README.md").read_text().split("---\n", 2)
+    _, front, body = (trained[1] / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     entries = yaml.safe_load(front)
     check_front_matter(f"---\n{yaml.safe_dump(entries)}---\n{body}")
     entries[key] = value
@@ -94,7 +96,7 @@ def test_front_matter_that_the_hub_does_not_take(trained, key, value):
 
 def test_a_card_says_what_a_reader_needs(trained):
     record, folder = trained
-    text = (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text(encoding="utf-8")
     blocks = text.split("```python\n")[1:]
     assert blocks[0].startswith("import poolskip_zoo")
     # The example runs, with the card's own shapes.
@@ -271,22 +273,33 @@ def test_add_makes_a_folder_and_a_record_to_paste(finished, tmp_path, capsys, re
     register(record)
     assert main(arguments) == 0, "adding the same weights again is fine"
     assert capsys.readouterr().out == first
+    text = (tmp_path / "scores.json").read_text(encoding="utf-8")
+    (tmp_path / "scores.json").write_text(text, encoding="utf-16")  # as Windows' PowerShell writes
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == first
     make_weights(finished / WEIGHTS, seed=1)
     assert main(arguments) == 2
     assert "never replaced" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("shipped")
-@pytest.mark.parametrize("wrong", ["recipe", "scores", "list", "cut", "weights", "nan", "unfinished"])
+@pytest.mark.parametrize(
+    "wrong", ["recipe", "scores", "no score", "list", "cut", "weights", "nan", "unfinished", "short", "damaged"]
+)
 def test_add_refuses_what_a_card_could_not_tell(finished, tmp_path, capsys, wrong):
     if wrong == "recipe":
         (finished / "recipe.yaml").write_text(load_recipe(RECIPE, ["epochs=7", "lr=0.3"]).to_yaml())
     elif wrong == "scores":
         (tmp_path / "scores.json").write_text('{"name": "resnet20_cifar", "dataset": "cifar10_jpeg", "top1": 1}')
+    elif wrong == "no score":
+        scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+        (tmp_path / "scores.json").write_text(json.dumps({**scores, "top1": float("nan")}))
+    elif wrong in ("short", "damaged"):
+        (finished / "metrics.json").write_text('{"name": "x"}' if wrong == "short" else "{")
     elif wrong in ("list", "cut"):
         (tmp_path / "scores.json").write_text("[]" if wrong == "list" else '{"name": ')
     elif wrong == "weights":  # another run of the same model, whose file has the same name
-        scores = json.loads((tmp_path / "scores.json").read_text())
+        scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
         (tmp_path / "scores.json").write_text(json.dumps({**scores, "sha256": "0" * 64}))
     elif wrong == "nan":
         state = load_file(finished / WEIGHTS)
@@ -303,10 +316,13 @@ def test_add_refuses_what_a_card_could_not_tell(finished, tmp_path, capsys, wron
         "cut": "scores.json is no JSON",
         "weights": "other weights",
         "nan": "fc.bias",
+        "no score": "between 0 and 100",
         "unfinished": "metrics.json",
+        "short": "metrics.json is damaged: it lacks dataset, hardware",
+        "damaged": "metrics.json is damaged: Expecting",
     }
     assert said[wrong] in capsys.readouterr().err
-    assert not cards.exists()
+    assert not list(cards.rglob("*"))
 
 
 def test_add_refuses_a_size_that_the_checkpoint_would_not_load_with(tmp_path):

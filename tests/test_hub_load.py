@@ -96,6 +96,7 @@ def test_a_bad_cache_entry_is_set_aside_and_downloaded_anew(on_hub, hub, kind, m
         fails("sha256", said, str(path), on_hub.sha256, ".bad", "next try", **kwargs)
         aside = list(path.resolve().parent.parent.parent.rglob("*.bad"))
         assert [file.read_bytes() for file in aside] == [content]
+        assert not path.is_symlink(), "a link to nowhere"
         assert_is(load(), made / WEIGHTS)
         path.resolve().write_bytes(content)
     assert len(hub.requests(f"GET .*{WEIGHTS}")) == 4

@@ -77,6 +77,17 @@ def test_equal_to_the_bit(dims, e, sizes, last, values, dtype, seed):
             torch.testing.assert_close(one, other, rtol=scale, atol=scale * max(1.0, float(other.abs().max())))
 
 
+@pytest.mark.parametrize("width", [254, 255, 32766, 32767])  # the largest offset is the width + 1
+def test_offsets_fit_their_type(width):
+    x = torch.zeros(1, 1, 2, width)
+    x[..., 1, -2:] = 1
+    layer, weights = PoolSkip2d(1), torch.randn(1, 1, 2, width)
+    for one, other in zip(
+        gradients(layer, layer, x, weights)[:2], gradients(lambda x: stock(layer, x), layer, x, weights), strict=False
+    ):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("e", [2, 4])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_first_and_second_derivatives(e, layout, lean_runs):
@@ -134,7 +145,10 @@ def test_autocast_takes_the_types_of_the_stock_composition(lean_runs):
         assert [one.dtype for one in got] == [one.dtype for one in expected]
         for one, other in zip(got, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
-    assert len(lean_runs) == 2
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
+        double = gradients(layer.double(), layer, x.double(), torch.ones_like(x).double())
+    assert {one.dtype for one in double} == {torch.float64}
+    assert len(lean_runs) == 3
 
 
 def test_checkpointing_copies_and_frozen_parts(lean_runs):

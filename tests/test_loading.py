@@ -220,7 +220,7 @@ def assert_travelled(model, again):
 
 def test_local_dir(folder):
     model, path = folder
-    config = json.loads((path / "config.json").read_text())
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     assert config["architecture"] == "test_resnet_poolskip"
     assert config["model_args"]["pool_skip"] == SETTINGS
     assert_travelled(model, timm.create_model(f"local-dir:{path}", pretrained=True))

@@ -104,4 +104,4 @@ def test_under_torchrun(folder):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     done = run(folder, "-m", "poolskip_zoo", "ranks.py", before=torchrun)
     assert done.returncode == 0, done.stderr
-    assert [(folder / f"rank{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
+    assert [(folder / f"rank{rank}").read_text(encoding="utf-8") for rank in (0, 1)] == ["2", "2"]

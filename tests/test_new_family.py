@@ -82,7 +82,7 @@ def family(tmp_path_factory):
         package = importlib.import_module(f"poolskip_zoo.{Path(file).parent}")
         path = folder / file
         path.parent.mkdir()
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         package.__path__.append(str(path.parent))
     importlib.invalidate_caches()
     yield importlib.import_module("poolskip_zoo.registry.convnext_poolskip")

@@ -56,7 +56,7 @@ def read_toml(path: Path) -> dict:
         pytest.skip("Python 3.10 has no tomllib")
     import tomllib
 
-    return tomllib.loads(path.read_text())
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_the_lowest_versions_are_those_that_are_tested(pyproject):
     project = pyproject["project"]
     extras = [project["optional-dependencies"][name] for name in ("train", "export", "prune")]
     lowest = bounds([*project["dependencies"], *(each for extra in extras for each in extra)])
-    pinned = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "tests/lowest.txt").read_text(), re.M)
+    pinned = re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "tests/lowest.txt").read_text(encoding="utf-8"), re.M)
     tested = {name.lower().replace("_", "-"): version for name, version in pinned}
     assert lowest.keys() == tested.keys() - {"torchvision"}  # torch's own, in step with it
     for name, version in lowest.items():
@@ -195,14 +195,16 @@ def test_dev_has_what_tests_import_or_skip(pyproject):
     wanted = {
         name.partition(".")[0].replace("_", "-")
         for file in (ROOT / "tests").glob("*.py")
-        for name in re.findall(r'importorskip\("([\w.]+)"', file.read_text())
+        for name in re.findall(r'importorskip\("([\w.]+)"', file.read_text(encoding="utf-8"))
     }
     assert wanted - {"triton"} <= known.keys()  # which comes with torch where it runs
 
 
 def test_extras_that_errors_and_documents_name_exist(pyproject):
     places = [file for _, file in sources()] + [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    named = [names for file in places for names in re.findall(r"poolskip-zoo\[([\w,]+)\]", file.read_text())]
+    named = [
+        names for file in places for names in re.findall(r"poolskip-zoo\[([\w,]+)\]", file.read_text(encoding="utf-8"))
+    ]
     assert len(named) > 10
     extras = pyproject["project"]["optional-dependencies"]
     assert {each for names in named for each in names.split(",")} <= extras.keys()
@@ -224,7 +226,7 @@ def test_it_is_typed(setuptools_table):
 def imported(package: str, file: Path) -> set[str]:
     """Modules of this package that a file imports anywhere, by absolute name."""
     names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -269,7 +271,7 @@ def test_imports_run_one_way(name):
 
 def test_nothing_imports_registry_or_export_by_a_bare_name():
     for _, file in sources():
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 tops = {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:

@@ -29,7 +29,9 @@ def test_shipped_recipe(name: str) -> None:
     assert name.startswith(recipe.model + ".")
     assert timm.is_model(recipe.model)
     # Chosen on held-out training images, by these runs or by others that its comment names.
-    assert recipe.hold_out == 5000 or (recipe.hold_out == 0 and "held-out" in (RECIPE_DIR / f"{name}.yaml").read_text())
+    assert recipe.hold_out == 5000 or (
+        recipe.hold_out == 0 and "held-out" in (RECIPE_DIR / f"{name}.yaml").read_text(encoding="utf-8")
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if "_poolskip." in name])
@@ -79,6 +81,7 @@ def test_written_recipe_holds_every_key_and_reads_back_equal() -> None:
         ({"model_args": [1]}, r"recipe key model_args=\[1\] must be of type dict"),
         ({"model_args": {"num_classes": 3}}, "must not hold num_classes"),
         ({"name": "../a"}, "recipe key name='../a' must be a plain file name"),
+        ({"name": "a:b"}, "recipe key name='a:b' must be a plain file name"),
         ({"warmup_epochs": 30}, "warmup_epochs=30.0 must be below epochs=20"),
         ({"accumulation": 3}, "batch_size=128 is not divisible by accumulation=3"),
         ({"crop_size": [32, 32]}, "recipe key crop_size has no meaning for cifar10, a data set for classification"),

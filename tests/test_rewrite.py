@@ -22,7 +22,7 @@ def test_crossing_pairs_of_maxunpool(tmp_path, opset):
     source = segnet(tmp_path / "in.onnx", opset=opset)
     report = rewrite_onnx(source, tmp_path / "out.onnx")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["in.onnx", "out.onnx", "out.onnx.json"]
-    assert json.loads((tmp_path / "out.onnx.json").read_text()) == json.loads(json.dumps(report))
+    assert json.loads((tmp_path / "out.onnx.json").read_text(encoding="utf-8")) == json.loads(json.dumps(report))
     assert [(block["lowering"], block["window"], block["own"]) for block in report["blocks"]] == [
         ("keys", [2, 3], True),
         ("keys", [2, 2], False),

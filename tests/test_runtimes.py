@@ -172,7 +172,7 @@ def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch, shift, mixed, sa
     if says is None:
         report = export.to_litert(*call, metadata={"class_names": ["a"]})
         assert sorted(each.name for each in tmp_path.iterdir()) == ["net.tflite", "net.tflite.json"]
-        assert json.loads((tmp_path / "net.tflite.json").read_text()) == json.loads(json.dumps(report))
+        assert json.loads((tmp_path / "net.tflite.json").read_text(encoding="utf-8")) == json.loads(json.dumps(report))
         assert report["bit_comparisons"] == 12
         assert report["class_names"] == ["a"]
     else:

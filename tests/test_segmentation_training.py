@@ -141,11 +141,11 @@ def learnt(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_learns_and_leaves_its_records(learnt: Path) -> None:
-    metrics = json.loads((learnt / "metrics.json").read_text())
+    metrics = json.loads((learnt / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["val"]["miou"] > 50  # chance on three classes: below 20
     assert metrics["val"]["images"] == 4
     assert [value is None for value in metrics["val"]["class_iou"]].count(False) >= 3
-    rows = [json.loads(line) for line in (learnt / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (learnt / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows[5]["train_loss"] < rows[0]["train_loss"]
     assert rows[5]["val_miou"] == metrics["val"]["miou"]
     assert {"val_loss", "val_pixel_accuracy"} <= set(rows[0])
@@ -160,7 +160,7 @@ def test_a_run_folder_is_a_folder_of_smp(data: Path, learnt: Path) -> None:
     x = torch.rand(1, 3, 64, 32)
     with torch.inference_mode():
         assert torch.equal(theirs(x), ours.eval()(x))
-    assert json.loads((learnt / "config.json").read_text())["encoder_weights"] is None
+    assert json.loads((learnt / "config.json").read_text(encoding="utf-8"))["encoder_weights"] is None
 
 
 def test_a_list_of_runs_may_hold_segmentation(data: Path, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learnt: Path) -> No
 
     folder = tmp_path / "shipped" / "recipes"
     folder.mkdir(parents=True)
-    (folder / f"{NAME}.yaml").write_text((learnt / "recipe.yaml").read_text())
+    (folder / f"{NAME}.yaml").write_text((learnt / "recipe.yaml").read_text(encoding="utf-8"))
     monkeypatch.setattr(recipe_module, "RECIPE_DIR", folder)
     monkeypatch.setattr(card, "files", lambda package: folder.parent)
     (tmp_path / "hub_cards").mkdir()
@@ -258,7 +258,7 @@ def test_from_a_run_to_a_checkpoint(
     assert (record.window, record.overlap) == ((), 0.5)
     assert record.model_args == SETTINGS["model_args"]
     verify_folder(record, folder)
-    card = (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text(encoding="utf-8")
     check_front_matter(card)
     for said in ("segmentation-models-pytorch", "image-segmentation", "random weights", "| Road |", "research use",
                  "pool-skip", "`unet_test_resnet`, not trained", f"| {scores['miou']:.2f} |"):  # fmt: skip

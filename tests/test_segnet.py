@@ -110,7 +110,7 @@ def test_saved_and_loaded(tmp_path):
     kwargs = {"pool_skip": {"pool_size": 4}, "classes": 3, "decoder_use_norm": False, "aux_params": {"classes": 2}}
     model = make(**kwargs)
     model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert {key: config[key] for key in kwargs} == kwargs
     again = smp.from_pretrained(str(tmp_path))
     assert isinstance(again, smp.SegNet)

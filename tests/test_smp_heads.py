@@ -135,11 +135,11 @@ def test_saved_and_loaded(head, kwargs, tmp_path):
     kwargs = {**kwargs, "classes": 4, "aux_params": {"classes": 3, "dropout": 0.5}}
     model = make(head, **kwargs)
     model.save_pretrained(tmp_path, dataset="roads", metrics={"mIoU": 0.5})
-    card = (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "roads" in card
     assert "import segmentation_models_pytorch as smp\n\nimport poolskip_zoo" in card
     assert "- pool-skip\n" in card
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert config["_model_class"] == type(model).__name__
     assert {key: config[key] for key in kwargs} == kwargs
     # As after training from pretrained weights: these are not fetched again.

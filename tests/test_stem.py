@@ -215,7 +215,9 @@ def test_arguments_travel_in_config_json(trained, tmp_path, monkeypatch, kwargs)
     model = timm.create_model(NAME, pretrained=True, **kwargs).eval()
     to = tmp_path / "saved"
     save_for_hf(model, to, safe_serialization=True)
-    assert json.loads((to / "config.json").read_text())["model_args"].items() >= {**ARGS, **kwargs}.items()
+    assert (
+        json.loads((to / "config.json").read_text(encoding="utf-8"))["model_args"].items() >= {**ARGS, **kwargs}.items()
+    )
     monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda repo_id, filename, **_: str(to / filename))
     for name in (f"local-dir:{to}", "hf-hub:someone/model"):
         assert_same(timm.create_model(name, pretrained=True).eval()(images(ARCH)), model(images(ARCH)))
@@ -324,7 +326,7 @@ def test_a_run_whose_arguments_a_record_carries_is_added_beside_its_base(finish,
     (record,) = eval(f"({source})", {"Checkpoint": Checkpoint})
     assert record.model_args == ARGS
     assert record.base_scores == {"top1": 41.5, "top5": 90.0, "hours": 0.5, "images_per_second": 51.0}
-    card = (cards / NAME / "README.md").read_text()
+    card = (cards / NAME / "README.md").read_text(encoding="utf-8")
     assert "| `test_resnet`, weights not published | 41.50 | 90.00 |" in card
     assert card_text(record) == card
     again = timm.create_model(f"local-dir:{cards / NAME}", pretrained=True).eval()

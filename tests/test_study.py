@@ -155,7 +155,7 @@ def test_a_grid_goes_on_with_the_best_point(tmp_path: Path) -> None:
         (folder / "metrics.json").write_text(json.dumps({"val": {"top1": score}}))
     assert [(each.lr, each.seed) for each in load_list(path, tmp_path)] == [(0.1, 0), (0.3, 0), (0.3, 1), (0.3, 2)]
     # What was trained by another recipe decides nothing, and does not mix with what is yet to be trained.
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     path.write_text(text.replace(", grid:", ", set: {epochs: 3}, grid:"))
     with pytest.raises(ValueError, match=r"x\.study-A_lr0\.1-s0 holds a run of another recipe \(epochs 2 -> 3\)"):
         load_list(path, tmp_path)
@@ -252,7 +252,7 @@ def recorded() -> list[Run]:
 
 
 def test_the_page_has_the_numbers_of_its_csv() -> None:
-    page = (ROOT / "docs/study.md").read_text()
+    page = (ROOT / "docs/study.md").read_text(encoding="utf-8")
     told = {
         net: re.search(rf"^- {net}: (.*): no verdict yet\.$", page, re.M) for net in {run.net for run in recorded()}
     }
@@ -264,8 +264,8 @@ def test_readme_and_cards_say_the_verdict() -> None:
     helps, mechanism, *_ = verdict(recorded(), "resnet20_cifar")
     numbers = re.findall(r"B − [CF] = \S+ \[\S+ \S+\]", helps)
     assert len(numbers) == 2
-    readme = (ROOT / "README.md").read_text()
-    cards = [path.read_text() for path in (ROOT / "hub_cards").glob("*/README.md")]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    cards = [path.read_text(encoding="utf-8") for path in (ROOT / "hub_cards").glob("*/README.md")]
     for text in (readme, *cards):
         said = " ".join(text.split())
         assert all(number in said for number in numbers)
@@ -311,7 +311,7 @@ def test_from_the_list_to_the_page(
     assert sum(layer["kind"] == "pool_skip" for layer in layers) == 5 * 6
     for name in ("cost.png", "depth.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
-    written = page.read_text()
+    written = page.read_text(encoding="utf-8")
     assert written.startswith("above\n")
     assert written.endswith("\nbelow")
     assert "![depth](out/depth.png)" in written
@@ -320,16 +320,18 @@ def test_from_the_list_to_the_page(
     scores = next(runs.glob("t.study-A*-s0/scores.json"))
     scores.write_text('{"top1": 12.5}')
     assert call(*command, "--page", page) == 0
-    assert page.read_text().count(verb.MARKS[0]) == 1
+    assert page.read_text(encoding="utf-8").count(verb.MARKS[0]) == 1
     assert next(csv.DictReader((runs / "runs.csv").open()))["test_top1"] == "12.5"
     # Other images, another diagnosis.
     assert call(*command[:-1], 10) == 0
-    assert {json.loads(path.read_text())["images"] for path in runs.glob("*/diagnosis.json")} == {10}
+    assert {json.loads(path.read_text(encoding="utf-8"))["images"] for path in runs.glob("*/diagnosis.json")} == {10}
     # Runs of another recipe than the list's have no line: it would tell of settings that were not theirs.
-    (tmp_path / "list.yaml").write_text((tmp_path / "list.yaml").read_text().replace("study-B,", "study-B, epochs: 9,"))
+    (tmp_path / "list.yaml").write_text(
+        (tmp_path / "list.yaml").read_text(encoding="utf-8").replace("study-B,", "study-B, epochs: 9,")
+    )
     with pytest.raises(ValueError, match=r"t\.study-B.* holds a run of another recipe \(epochs 1 -> 9\)"):
         call(*command)
-    (tmp_path / "list.yaml").write_text((tmp_path / "list.yaml").read_text().replace(" epochs: 9,", ""))
+    (tmp_path / "list.yaml").write_text((tmp_path / "list.yaml").read_text(encoding="utf-8").replace(" epochs: 9,", ""))
     page.write_text("no marks")
     with pytest.raises(ValueError, match="has no place for results"):
         call(*command, "--page", page)

@@ -184,7 +184,7 @@ def test_killed_run_ends_equal_to_the_bit(data: Path, finished: Path, tmp_path: 
     assert not (folder / "metrics.json").exists()
     assert train(recipe(), data, tmp_path, cpu=True) is not None
     assert_equal_runs(finished, folder)
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 
 def test_stopping_at_every_few_steps_changes_nothing(data: Path, finished: Path, tmp_path: Path) -> None:
@@ -220,10 +220,10 @@ def test_a_run_learns_and_leaves_its_records(data: Path, tmp_path: Path) -> None
     assert metrics is not None
     assert metrics["val"]["top1"] > 50  # chance: 10
     assert metrics["val"]["images"] == 40
-    assert metrics == json.loads((folder / "metrics.json").read_text())
+    assert metrics == json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert {"torch", "timm", "accelerate", "poolskip-zoo"} <= set(metrics["versions"])
     assert "CPU" in metrics["hardware"]
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert rows[2]["train_loss"] < rows[0]["train_loss"]
     assert rows[2]["val_top1"] == metrics["val"]["top1"]  # float32 weights, float32 evaluation: the same numbers
@@ -249,7 +249,7 @@ def test_finished_run_is_not_trained_again_but_starts_over_on_demand(
 ) -> None:
     before = (finished / "last.pt").stat().st_mtime_ns
     metrics = train(recipe(), data / "nowhere", finished.parent, cpu=True)
-    assert metrics == json.loads((finished / "metrics.json").read_text())
+    assert metrics == json.loads((finished / "metrics.json").read_text(encoding="utf-8"))
     assert (finished / "last.pt").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"holds a run of another recipe \(lr 0.05 -> 0.1\): .*--no-resume"):
         train(recipe(lr=0.1), data, finished.parent, cpu=True)
@@ -285,8 +285,9 @@ def test_loss_that_is_not_finite_stops_with_its_step(
     assert (state["epoch"], state["step"]) == (1, 0)
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk_ends_clearly_and_keeps_the_last_checkpoint(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     assert train(recipe(), data, tmp_path, limit_steps=3, cpu=True) is None
     folder = tmp_path / "test_resnet.tiny-s0"
@@ -295,7 +296,7 @@ def test_full_disk_ends_clearly_and_keeps_the_last_checkpoint(
 
     def full(descriptor: int) -> None:
         if "last.pt" in os.readlink(f"/proc/self/fd/{descriptor}"):
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(code, os.strerror(code))
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
@@ -330,7 +331,8 @@ def test_one_process_at_a_time_trains_in_a_folder(data: Path, tmp_path: Path) ->
         ({"model": "test_resnett"}, "", "unknown model 'test_resnett'; similar: test_resnet"),
         ({"model_args": {"drop_rat": 1}}, "", "test_resnet does not take model_args="),
         ({"optimizer": "sdg"}, "", "unknown optimizer 'sdg'"),
-        ({"optimizer_args": {"beta": 1}}, "", "sgd does not take optimizer_args="),
+        ({"optimizer": "adahessian"}, "", "unknown optimizer 'adahessian'"),
+        ({"optimizer_args": {"beta": 1}}, "", "no optimizer sgd with optimizer_args="),
         ({"batch_size": 512}, "", "batch_size=512 is larger than the 260 training images"),
         ({"batch_size": 34, "accumulation": 2}, "", "need an even batch per forward pass, not 17"),
         ({"hold_out": 300}, "", "hold_out=300 must be"),

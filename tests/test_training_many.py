@@ -66,6 +66,8 @@ def test_shipped_lists_name_shipped_recipes() -> None:
         ("- TINY\n- TINY", "with seed 0 twice"),
         ("- {recipe: TINY, set: {lrr: 1}}", "unknown recipe key 'lrr'"),
         ("- {recipe: TINY, seeds: [-1]}", "seed=-1"),
+        ("- {recipe: TINY, grid: [{seed: 1}]}", "the grid has name or seed"),
+        ("- {recipe: TINY, set: {lr: 2024-01-01}}", "lr='2024-01-01' must be of type float"),
         ("- {", "no valid YAML"),
     ],
 )

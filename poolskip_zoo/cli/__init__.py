@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 2 after an error that is the caller's to mend (one line on standard error), 130 if interrupted,
         141 if nobody reads on.
     """
+    for stream in (sys.stdout, sys.stderr):  # a pipe on Windows may lack × and …
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(prog="poolskip", description="Pool Skip models: list, inspect, train, evaluate.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in _VERBS:

@@ -97,9 +97,9 @@ def _add(args: argparse.Namespace) -> int:
     if (args.run / "parts").is_dir():
         join_weights(args.run)
     cards = args.cards or _cards_folder()
-    text = sys.stdin.read() if args.scores == "-" else Path(args.scores).read_text(encoding="utf-8")
+    data = sys.stdin.buffer.read() if args.scores == "-" else Path(args.scores).read_bytes()
     try:
-        scores = json.loads(text)
+        scores = json.loads(data)  # bytes, since Windows' PowerShell writes UTF-16
     except ValueError as error:
         raise ValueError(f"--scores {args.scores} is no JSON: {error}") from error
     if not isinstance(scores, dict):

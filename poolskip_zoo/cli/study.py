@@ -105,12 +105,12 @@ def _measure(recipe: Any, args: argparse.Namespace) -> tuple[Any, list[Any]]:
 
     folder = run_folder(args.runs, recipe)
     path = folder / "diagnosis.json"
-    diagnosis = json.loads(path.read_text()) if path.exists() else {}
+    diagnosis = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if diagnosis.get("images") != min(args.images, recipe.hold_out):
         subject = load_file(recipe.name, folder / "model.safetensors")
         diagnosis = {"macs": count_macs(subject.model, subject.input_size), **_diagnose(subject, args)}
         write_json(path, diagnosis)
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     net, arm = arm_of(recipe.name)
     base, skip = (diagnosis["summary"].get(kind) or {} for kind in ("base", "pool_skip"))
     known = [layer["l2_l1"] for layer in diagnosis["layers"] if layer["kind"] == "base" and layer["l2_l1"] is not None]

@@ -215,7 +215,7 @@ def load_splits(
     Raises:
         ValueError: If the name, the split, or ``hold_out`` is unknown or impossible.
         FileNotFoundError: If the folder or a file is missing, or a file of CIFAR-10 or CIFAR-100 is damaged.
-        RuntimeError: If a pack is damaged.
+        RuntimeError: If a pack is damaged, or its classes are not as many as the data set's.
     """
     check_splits(name, splits, _READERS)
     if download and name.endswith("_jpeg"):
@@ -225,6 +225,11 @@ def load_splits(
         raise ValueError(f"no val split with hold_out={hold_out}: it is made of held-out training images")
     folder = data_folder(data_dir)
     parts = {test: _READERS[name](folder, test, download) for test in {split == "test" for split in splits}}
+    for _, _, classes in parts.values():
+        if len(classes) != DATASETS[name].num_classes:
+            raise RuntimeError(
+                f"the files of {name} in {folder} have {len(classes)} classes, not {DATASETS[name].num_classes}"
+            )
     return [_choose(split, hold_out, *parts[split == "test"]) for split in splits]
 
 

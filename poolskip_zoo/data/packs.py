@@ -55,12 +55,18 @@ def read_pack(path: Path, prefix: str) -> tuple[np.ndarray, np.ndarray, list[str
         RuntimeError: If the file is no pack, lacks the part, or a JPEG in it cannot be decoded.
     """
     arrays = _load_arrays(path, prefix)
-    jpeg, offset = arrays[f"{prefix}_jpeg"], arrays[f"{prefix}_offset"]
-    labels = arrays[f"{prefix}_label"].astype(np.int64)
-    classes = [str(name) for name in arrays.get("names", arrays["classes"])]
-    count = len(offset) - 1
-    if count < 1 or len(labels) != count or offset[-1] > len(jpeg) or labels.max() >= len(classes):
-        raise RuntimeError(f"{path} is damaged: {prefix}_offset, {prefix}_label, {prefix}_jpeg and classes disagree")
+    jpeg, offset, labels = (arrays[f"{prefix}_{part}"] for part in ("jpeg", "offset", "label"))
+    for what, array, kinds in (("jpeg", jpeg, "u"), ("offset", offset, "iu"), ("label", labels, "iu")):
+        if array.ndim != 1 or array.dtype.kind not in kinds:
+            raise RuntimeError(f"{path}: {prefix}_{what} is {array.dtype}{list(array.shape)}, not a row of integers")
+    labels, count = labels.astype(np.int64), len(offset) - 1
+    classes = [str(name) for name in np.atleast_1d(arrays.get("names", arrays["classes"]))]
+    if count < 1 or len(labels) != count or offset[-1] > len(jpeg):
+        raise RuntimeError(f"{path} is damaged: {prefix}_offset, {prefix}_label and {prefix}_jpeg disagree")
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise RuntimeError(
+            f"{path}: {prefix}_label holds {labels.min()} to {labels.max()}, expected 0 to {len(classes) - 1}"
+        )
     buffer = np.ascontiguousarray(jpeg).data
 
     def decode(index: int) -> np.ndarray:
@@ -92,7 +98,7 @@ def _load_arrays(path: Path, prefix: str) -> dict[str, Any]:
             if missing:
                 raise RuntimeError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(pack.files)}")
             return {key: pack[key] for key in [*wanted, *(["names"] if "names" in pack else [])]}
-    except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
+    except (ValueError, TypeError, OSError, EOFError, BadZipFile, zlib.error) as error:
         raise RuntimeError(f"{path} is no readable .npz pack: {error}") from error
 
 
@@ -103,5 +109,5 @@ def _decode(data: memoryview, what: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("RGB"))
-    except OSError as error:  # PIL's UnidentifiedImageError is one
-        raise RuntimeError(f"{what} cannot be decoded: {error}") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's UnidentifiedImageError is an OSError
+        raise RuntimeError(f"{what} cannot be decoded: {type(error).__name__}") from error

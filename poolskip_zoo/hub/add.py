@@ -19,6 +19,9 @@ from .verify import WEIGHTS, verify_folder
 
 __all__ = ["add_run", "record_source"]
 
+# Of a run's metrics.json, what a record is made of.
+_NEEDED = {"name", "model", "dataset", "seed", "hardware", "seconds", "images_per_second", "versions"}
+
 
 def add_run(run: Path, scores: dict[str, Any], cards: Path, base: Path | None = None) -> Checkpoint:
     """Make a checkpoint's folder from a finished run.
@@ -40,7 +43,7 @@ def add_run(run: Path, scores: dict[str, Any], cards: Path, base: Path | None = 
     for path in (weights, metrics_file):
         if not path.is_file():
             raise ValueError(f"{run} is no finished run: it has no {path.name}")
-    metrics = json.loads(metrics_file.read_text(encoding="utf-8"))
+    metrics = _read(metrics_file)
     name = metrics["name"]
     if (
         scores.get("name") not in (name, name.partition(".")[0], metrics["model"])
@@ -58,14 +61,31 @@ def add_run(run: Path, scores: dict[str, Any], cards: Path, base: Path | None = 
         if key in scores and scores[key] != metrics[key]:
             raise ValueError(f"the scores were measured with {key}={scores[key]}, the recipe has {metrics[key]}")
     folder = cards / name
+    new = not folder.exists()
     if (folder / WEIGHTS).is_file() and sha256_of(folder / WEIGHTS) != sha256:
         raise ValueError(f"{folder} has other weights; weights are never replaced: give the new ones another tag")
     record = _record(metrics, scores, sha256, _base_scores(name, base))
-    with kept(folder / WEIGHTS) as temporary:
-        shutil.copyfile(weights, temporary)
-    write_card(record, folder)
-    verify_folder(record, folder)
+    try:
+        with kept(folder / WEIGHTS) as temporary:
+            shutil.copyfile(weights, temporary)
+        write_card(record, folder)
+        verify_folder(record, folder)
+    except BaseException:
+        if new:  # or the next weights of this name would be refused
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     return record
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read what a run or a measurement wrote."""
+    try:
+        values = json.loads(path.read_bytes())
+        if path.name == "metrics.json" and (lacking := _NEEDED - set(values)):
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return values
 
 
 def _base_scores(name: str, base: Path | None) -> dict[str, float]:
@@ -73,8 +93,7 @@ def _base_scores(name: str, base: Path | None) -> dict[str, float]:
     if base is None:
         return {}
     metrics, scores = (
-        json.loads((base / file).read_text(encoding="utf-8")) if (base / file).is_file() else {}
-        for file in ("metrics.json", "scores.json")
+        _read(base / file) if (base / file).is_file() else {} for file in ("metrics.json", "scores.json")
     )
     arch, _, tag = name.partition(".")
     expected = f"{base_name(arch)}.{tag}"

@@ -129,11 +129,12 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     Raises:
         ValueError: If timm does not know the optimizer or it does not take ``optimizer_args``.
     """
-    from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_weight_decay
 
     # timm's "sgd" is Nesterov's, its "momentum" the plain one
     name = "momentum" if recipe.optimizer == "sgd" and not recipe.nesterov else recipe.optimizer
-    known = [str(option) for option in list_optimizers()]
+    names = map(str, list_optimizers())
+    known = [option for option in names if not get_optimizer_info(option).second_order]  # of a second backward
     if name not in known:
         raise ValueError(f"unknown optimizer {name!r}: one of {', '.join(known)}")
     settings: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "momentum": recipe.momentum}
@@ -156,8 +157,8 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         ]
     try:
         return create_optimizer_v2(parameters, opt=name, **{**settings, **recipe.optimizer_args})
-    except TypeError as error:
-        raise ValueError(f"{name} does not take optimizer_args={recipe.optimizer_args}: {error}") from error
+    except (TypeError, AssertionError, ImportError) as error:  # the last two: what needs a GPU or a package
+        raise ValueError(f"no optimizer {name} with optimizer_args={recipe.optimizer_args}: {error}") from error
 
 
 def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:

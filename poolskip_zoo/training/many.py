@@ -102,10 +102,12 @@ def _expand(path: Path, entry: Any, output: Path) -> Iterator[Recipe]:
         raise ValueError(f"{path}: in {entry!r}, seeds must be a list of one or more, and set a mapping")
     if not isinstance(grid, list) or not grid or not all(isinstance(point, dict) for point in grid):
         raise ValueError(f"{path}: in {entry!r}, grid must be a list of mappings")
+    if any({"name", "seed"} & set(point) for point in grid):
+        raise ValueError(f"{path}: in {entry!r}, the grid has name or seed: `set` names a run, `seeds` lists its seeds")
     points = []
     for point in grid:
         recipe = load_recipe(
-            entry["recipe"], [f"{key}={json.dumps(value)}" for key, value in (changes | point).items()]
+            entry["recipe"], [f"{key}={json.dumps(value, default=str)}" for key, value in (changes | point).items()]
         )
         points.append(dataclasses.replace(recipe, name="_".join([recipe.name, *(f"{k}{v}" for k, v in point.items())])))
     seeds = [points[0].seed] if seeds is None else seeds

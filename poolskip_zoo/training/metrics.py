@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .state import explain_full_disk, write_atomic
+from ..contexts import explain_full_disk
+from .state import write_atomic
 
 Row = dict[str, Any]
 

@@ -345,7 +345,7 @@ def _check_range(key: str, value: Any) -> None:
         raise ValueError(f"recipe key {key}={value!r} must be finite")
     if key == "image_size" and 0 < value < 8:
         raise ValueError(f"recipe key image_size={value!r} must be 0 or at least 8")
-    if key == "name" and (not value or "/" in value or value.startswith(".")):
+    if key == "name" and (not value or value.startswith(".") or re.search(r'[<>:"/\\|?*\x00-\x1f]', value)):
         raise ValueError(f"recipe key name={value!r} must be a plain file name such as resnet20_cifar.c10")
 
 

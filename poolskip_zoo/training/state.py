@@ -14,8 +14,6 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import numpy as np
 import torch
 import yaml
 
+from ..contexts import explain_full_disk
 from ..data.augment import random_bits
 from .recipe import Recipe, make_recipe, read_yaml
 
@@ -61,7 +60,7 @@ def finished_metrics(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
         What ``metrics.json`` holds, or None if the run is not finished.
 
     Raises:
-        ValueError: If the folder holds a run of another recipe.
+        ValueError: If the folder holds a run of another recipe, or a file in it is damaged.
     """
     try:
         written = make_recipe(read_yaml((folder / "recipe.yaml").read_text(encoding="utf-8")))
@@ -77,7 +76,10 @@ def finished_metrics(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
             "give another name or --output, or start over with --no-resume"
         )
     path = folder / "metrics.json"  # written last
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: start over with --no-resume ({error})") from error
 
 
 def open_folder(folder: Path, resume: bool) -> int | None:
@@ -130,25 +132,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     random.seed(bits)
     np.random.seed(bits & 0xFFFFFFFF)
     torch.manual_seed(bits >> 1)
-
-
-@contextmanager
-def explain_full_disk(path: Path, kept: str = "") -> Iterator[None]:
-    """Turn "no space left" into one line that names the file.
-
-    Args:
-        path: The file being written.
-        kept: What is intact, as a sentence.
-
-    Raises:
-        RuntimeError: On ENOSPC or EDQUOT; other errors pass.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RuntimeError(f"no space left on the disk to write {path}; {kept}free some and run again") from error
 
 
 def write_atomic(path: Path, data: bytes | memoryview, kept: str = "") -> None:
