@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from contract.common import enliven
 from export_nets import PairNet, SegNet
 
-from poolskip_zoo.export import to_exported_program, to_onnx, to_openvino, to_torchscript
+from poolskip_zoo.export import to_exported_program, to_onnx, to_openvino, to_torchscript, verify
 from poolskip_zoo.export.converted import lower_for
 from poolskip_zoo.export.inputs import capture_open
 from poolskip_zoo.export.to_onnx import _Half
-from poolskip_zoo.layers import add_pool_skip, pool_skip_modules
+from poolskip_zoo.layers import PoolSkip2d, add_pool_skip, pool_skip_modules
 from poolskip_zoo.registry.catalogue import registered_models
 
 onnx = pytest.importorskip("onnx")
@@ -404,3 +404,24 @@ def test_not_a_number_and_infinity_are_as_documented(tmp_path):
         keep = torch.ones(1, 4, 8, 8, dtype=torch.bool)
         keep[0, 0, :2, :2] = keep[0, 2, 0, 0] = False
         assert torch.equal(got[keep], expected[keep])
+
+
+def test_eight_bits_keep_the_masks_of_a_plain_export(tmp_path):
+    """onnxruntime quantises pooling, resizing and products too; a mask by equal keys would lose its places."""
+    from onnxruntime import quantization
+
+    before = torch.nn.Conv2d(4, 4, 1, bias=False)
+    torch.nn.init.dirac_(before.weight)
+    model = torch.nn.Sequential(before, PoolSkip2d(4, pool_size=4)).eval()
+    images = torch.randint(-128, 128, (8, 4, 13, 12)) * 0.05
+    assert (images.min(), images.max()) == (-6.4, 6.35), "8 bits hold these, so that no maximum moves"
+    plain, quantised = tmp_path / "plain.onnx", tmp_path / "int8.onnx"
+    torch.onnx.export(model, (images,), plain, input_names=["x"], dynamo=True, external_data=False)
+    batches = iter([{"x": images.numpy()}, None])
+
+    class Reader(quantization.CalibrationDataReader):
+        def get_next(self):
+            return next(batches)
+
+    quantization.quantize_static(plain, quantised, Reader())
+    assert verify.relative_error(run(quantised, images), model(images).detach()) < 0.03

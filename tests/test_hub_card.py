@@ -135,6 +135,7 @@ def test_config_is_the_checkpoints_own(trained):
     cfg = made["pretrained_cfg"]
     assert (made["architecture"], made["num_classes"], cfg["tag"], cfg["license"]) == (record.arch, 10, "tiny", "mit")
     assert made["label_names"][3] == "cat"
+    assert "num_classes" not in made["model_args"], "HF transformers passes it a second time"
     assert (cfg["input_size"], cfg["mean"]) == ([3, 32, 32], [0.4914, 0.4822, 0.4465])
     assert not {"hf_hub_id", "url", "origin_url", "file"} & set(cfg)
     # Of a timm base, none of whose entries about its own weights must stay.

@@ -1,6 +1,7 @@
 """The lean backward: what it computes, what it keeps, and when it steps aside."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -9,9 +10,12 @@ import torch.nn.functional as F
 from accelerate import cpu_offload
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
 from torch.func import functional_call, grad, jvp, vmap
-from torch.utils.checkpoint import checkpoint
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from poolskip_zoo.layers import PoolSkip1d, PoolSkip2d, PoolSkip3d, lean, max_pool_unpool2d
 
@@ -199,6 +203,41 @@ def test_transforms_and_forward_mode_take_the_stock_pair(lean_runs):
     with torch.no_grad():
         layer(x)
     assert len(lean_runs) == 2  # the two of the finite difference
+
+
+def test_selective_checkpointing_and_per_sample_gradients_see_the_stock_pair(lean_runs):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), PoolSkip2d(4))
+    x = torch.randn(2, 3, 9, 9)
+    net(x).pow(2).sum().backward()
+    expected = [parameter.grad.clone() for parameter in net.parameters()]
+    assert len(lean_runs) == 1
+    net.zero_grad()
+    keep = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
+    checkpoint(net, x, use_reentrant=False, context_fn=keep).pow(2).sum().backward()
+    for parameter, wanted in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted)
+    net.zero_grad()
+    call_for_per_sample_grads(net)(x).pow(2).sum().backward()
+    for parameter, wanted in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad_sample.sum(0), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_distributed_tensors_train(lean_runs, tmp_path):
+    layer, x = PoolSkip2d(4), torch.randn(2, 4, 7, 6)
+    expected = gradients(layer, layer, x, torch.ones_like(x))
+    lean_runs.clear()
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        parted = distribute_module(copy.deepcopy(layer), mesh)
+        y = parted(distribute_tensor(x, mesh, [Replicate()]).requires_grad_())
+        y.sum().backward()
+        got = [y.to_local(), *(parameter.grad.to_local() for parameter in parted.parameters())]
+    finally:
+        distributed.destroy_process_group()
+    assert not lean_runs
+    for one, other in zip(got, (expected[0], *expected[2:]), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_it_steps_aside_for_hooks_and_other_convolutions(lean_runs):

@@ -68,7 +68,9 @@ logits = model(torch.rand(1, {shape}))  # (1, {classes})
 
 `timm.create_model("hf-hub:{repo}", pretrained=True)` loads it from the Hub,
 `"local-dir:FOLDER"` from a copy of this folder; both need `import poolskip_zoo` too. Preprocessing is timm's, by
-`timm.data.resolve_model_data_config(model)`. To ONNX, with any batch size:
+`timm.data.resolve_model_data_config(model)`. So is it for HF transformers, whose
+`AutoModelForImageClassification.from_pretrained(FOLDER, dtype=torch.float32)` takes the folder after the same import;
+without `dtype` it computes in the file's float16. To ONNX, with any batch size:
 
 ```python
 sizes = ({{0: torch.export.Dim.DYNAMIC}},)
@@ -180,7 +182,9 @@ def config(record: Checkpoint) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         save_config_for_hf(_on_meta(record), str(path), {"label_names": DATASETS[record.dataset].labels})
-        return json.loads(path.read_text(encoding="utf-8"))
+        made = json.loads(path.read_text(encoding="utf-8"))
+        del made["model_args"]["num_classes"]  # it stands above too, and HF transformers would pass both
+        return made
 
 
 def write_card(record: Checkpoint, folder: Path) -> None:

@@ -245,9 +245,9 @@ def keys_maxima(x: Tensor, window: list[int]) -> Tensor:
 def first_maximum_mask(x: Tensor, window: list[int], ceil_mode: bool) -> Tensor:
     """Mask of the first maximum (row-major) of each window, without gradient.
 
-    `m = up(pool(x))`, `k = (x == m) · key` with keys e²…1 over the window, mask = `k == up(pool(k))`. A window with
-    NaN has no place where `x == m`, and none is chosen. Windows whose keys would not be exact in the type of `x` take
-    the index form.
+    `m = up(pool(x))`, `k = (x == m) · key` with keys e²…1 over the window, mask = `k > up(pool(k) - ½)`: half a step
+    lower, so that the mask stays what it is where a runtime rounds keys to 8 bits. A window with NaN has no place where
+    `x == m`, and none is chosen. Windows whose keys would not be exact in the type of `x` take the index form.
 
     Args:
         x: floating-point tensor.
@@ -270,18 +270,18 @@ def first_maximum_mask(x: Tensor, window: list[int], ceil_mode: bool) -> Tensor:
     is_max = x == upsample(pool(x, window, ceil_mode), window, size)
     keys = is_max.to(x.dtype) * _window_keys(x, window)
     # Keys start at 1, and 0 marks what is no maximum: neither a NaN window (all 0) nor the rest that floor mode
-    # leaves out (-1) may match it.
-    first = upsample(pool(keys, window, ceil_mode).clamp(min=1), window, size, fill=-1.0)
-    return keys == first
+    # leaves out (filled with more than any key) may exceed it.
+    first = pool(keys, window, ceil_mode).clamp(min=1) - 0.5
+    return keys > upsample(first, window, size, fill=float(cells))
 
 
 def _largest_exact_key(dtype: torch.dtype) -> int:
-    # 2 to the number of significant bits (IEEE 754; bfloat16 has 8): integers up to it are exact.
+    # 2 to the number of significant bits less one (IEEE 754; bfloat16 has 8): up to it halves are exact.
     if dtype == torch.bfloat16:
-        return 256
+        return 128
     if dtype == torch.float16:
-        return 2048
-    return 16777216
+        return 1024
+    return 8388608
 
 
 def pool(x: Tensor, window: list[int], ceil_mode: bool) -> Tensor:

@@ -4,7 +4,8 @@ Pooling keeps each window's maximum and its *offset*, the distance of its flat i
 cell, in one byte where it fits. The sparse map that the 3×3 convolution reads is not kept but made again in the
 backward. Every backward is made of differentiable operations, so that second derivatives are right.
 
-`torch.func` transforms, forward-mode AD, `torch.compile` and graph capture do not come here (`trains_by_autograd`).
+`torch.func` transforms, forward-mode AD, dispatch modes, DTensors, `torch.compile` and graph capture do not come here
+(`trains_by_autograd`).
 """
 
 from typing import Any
@@ -28,11 +29,12 @@ def trains_by_autograd(*tensors: Tensor | None) -> bool:
         tensors: inputs and parameters; None is passed over.
 
     Returns:
-        False where nothing is recorded, or something else than autograd's tape records it.
+        False where nothing is recorded, or something else than autograd's tape records it, a DTensor for instance.
     """
     return (
         torch.is_grad_enabled()
         and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        and all(tensor is None or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ for tensor in tensors)
         and not is_transformed()
     )
 
@@ -44,9 +46,12 @@ def convolves_plainly(conv: nn.Module) -> bool:
         conv: any module.
 
     Returns:
-        False for subclasses, parametrised or wrapped modules, other paddings, and where hooks watch the call.
+        False for subclasses, parametrised or wrapped modules, weights that are more than tensors, other paddings, and
+        where hooks watch the call.
     """
     if type(conv) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or conv.padding_mode != "zeros":
+        return False
+    if type(conv.weight) not in (Tensor, nn.Parameter):
         return False
     # accelerate fetches offloaded weights in a `forward` of its own, set on the one module.
     if "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__:

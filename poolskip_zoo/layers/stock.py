@@ -20,10 +20,12 @@ def is_transformed() -> bool:
     """Whether something else than plain eager execution looks on: then torch's own operators must be what it sees.
 
     Returns:
-        True within `torch.func` transforms and forward-mode AD, and while a graph is captured.
+        True within `torch.func` transforms, forward-mode AD and dispatch modes such as selective checkpointing's, and
+        while a graph is captured.
     """
-    level: int = torch.autograd.forward_ad._current_level
-    return is_captured() or torch._C._are_functorch_transforms_active() or level >= 0
+    if is_captured() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() > 0
 
 
 def pool_with_indices(x: Tensor, window: list[int]) -> tuple[Tensor, Tensor]:
