@@ -4,6 +4,23 @@ from .checkpoint import SegmentationCheckpoint, add_checkpoints
 
 CHECKPOINTS: tuple[SegmentationCheckpoint, ...] = (
     SegmentationCheckpoint(
+        name="deeplabv3plus_resnet18_poolskip.camvid_r180",
+        dataset="camvid",
+        sha256="6cba3107fadf0362e666e59ac95fe16132b2a8356db97f863e4efed5890609fe",
+        metrics={"miou": 44.8489, "pixel_accuracy": 82.5695},
+        recipe="deeplabv3plus_resnet18_poolskip.camvid_r180",
+        seed=0,
+        hardware="Intel(R) Xeon(R) Processor (CPU, 1 threads)",
+        hours=1.727,
+        images_per_second=3.1,
+        torch="2.15.0",
+        model_args={"encoder_name": "resnet18_poolskip"},
+        base_scores={"miou": 44.2762, "pixel_accuracy": 81.5613, "hours": 1.204, "images_per_second": 4.6},
+        model="deeplabv3plus",
+        image_size=180,
+        class_iou=(88.63, 67.85, 5.74, 87.39, 60.09, 59.61, 14.96, 10.87, 64.49, 17.44, 16.26),
+    ),
+    SegmentationCheckpoint(
         name="unet_resnet18_poolskip.camvid_r180",
         dataset="camvid",
         sha256="42fbfc2f43797000b29a3fdcc71e6b417a93b16cfba7e36787a45c17edce895d",

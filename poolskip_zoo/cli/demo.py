@@ -6,7 +6,7 @@ from ..contexts import kept
 
 HELP = "classify sample images, draw what pooling keeps, export to ONNX and compare; segment a road scene"
 _NAME = "resnet20_cifar_poolskip"
-_SEGMENTS = "unet_resnet18_poolskip.camvid_r180"
+_SEGMENTS = "deeplabv3plus_resnet18_poolskip.camvid_r180"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
