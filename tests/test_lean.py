@@ -230,7 +230,12 @@ def test_distributed_tensors_train(lean_runs, tmp_path):
     try:
         mesh = init_device_mesh("cpu", (1,))
         parted = distribute_module(copy.deepcopy(layer), mesh)
-        y = parted(distribute_tensor(x, mesh, [Replicate()]).requires_grad_())
+        parted_x = distribute_tensor(x, mesh, [Replicate()]).requires_grad_()
+        try:
+            F.max_pool2d(parted_x, 2, return_indices=True)
+        except NotImplementedError:
+            pytest.skip("torch 2.6 does not pool distributed tensors")
+        y = parted(parted_x)
         y.sum().backward()
         got = [y.to_local(), *(parameter.grad.to_local() for parameter in parted.parameters())]
     finally:
