@@ -417,6 +417,8 @@ def test_eight_bits_keep_the_masks_of_a_plain_export(tmp_path):
     assert (images.min(), images.max()) == (-6.4, 6.35), "8 bits hold these, so that no maximum moves"
     plain, quantised = tmp_path / "plain.onnx", tmp_path / "int8.onnx"
     torch.onnx.export(model, (images,), plain, input_names=["x"], dynamo=True, external_data=False)
+    if "Identity" in operators(plain):
+        pytest.skip("nodes that torch 2.6 leaves in the file keep what is pooled from its map's own scale")
     batches = iter([{"x": images.numpy()}, None])
 
     class Reader(quantization.CalibrationDataReader):

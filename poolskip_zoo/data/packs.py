@@ -92,13 +92,16 @@ def read_pack(path: Path, prefix: str) -> tuple[np.ndarray, np.ndarray, list[str
 def _load_arrays(path: Path, prefix: str) -> dict[str, Any]:
     """Read the arrays of one part, with a clear error for what is no pack."""
     try:
-        with np.load(path, allow_pickle=False) as pack:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it is a single array, as of a .npy file")
+        with loaded as pack:
             wanted = [f"{prefix}_jpeg", f"{prefix}_offset", f"{prefix}_label", "classes"]
             missing = [key for key in wanted if key not in pack]
             if missing:
                 raise RuntimeError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(pack.files)}")
             return {key: pack[key] for key in [*wanted, *(["names"] if "names" in pack else [])]}
-    except (ValueError, TypeError, OSError, EOFError, BadZipFile, zlib.error) as error:
+    except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
         raise RuntimeError(f"{path} is no readable .npz pack: {error}") from error
 
 
