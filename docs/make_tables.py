@@ -21,6 +21,7 @@ EXAMPLES = (
     "vit_base_patch16_224_poolskip",
     "deit_small_patch16_224_poolskip",
     "resnet20_cifar_poolskip",
+    "resnet56_cifar_poolskip",
     "vgg11_bn_cifar_poolskip",
     "vit_tiny_patch4_32_poolskip",
 )

@@ -300,9 +300,8 @@ def test_full_disk_ends_clearly_and_keeps_the_last_checkpoint(
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        RuntimeError, match=r"no space left on the disk to write .*last\.pt; the last checkpoint .* intact"
-    ):
+    said = r"no space left on the disk to write .*last\.pt; the last checkpoint .* intact"
+    with pytest.raises(RuntimeError, match=said):
         train(recipe(), data, tmp_path, limit_steps=3, cpu=True)
     assert (folder / "last.pt").read_bytes() == before
     assert not list(folder.glob(".*"))
