@@ -68,9 +68,9 @@ logits = model(torch.rand(1, {shape}))  # (1, {classes})
 
 `timm.create_model("hf-hub:{repo}", pretrained=True)` loads it from the Hub,
 `"local-dir:FOLDER"` from a copy of this folder; both need `import poolskip_zoo` too. Preprocessing is timm's, by
-`timm.data.resolve_model_data_config(model)`. So is it for HF transformers, whose
-`AutoModelForImageClassification.from_pretrained(FOLDER, dtype=torch.float32)` takes the folder after the same import;
-without `dtype` it computes in the file's float16. To ONNX, with any batch size:
+`timm.data.resolve_model_data_config(model)`. HF transformers takes the folder too, after the same import, by
+`AutoModelForImageClassification.from_pretrained(FOLDER, dtype=torch.float32)`; without `dtype` it computes in the
+file's float16. To ONNX, with any batch size:
 
 ```python
 sizes = ({{0: torch.export.Dim.DYNAMIC}},)
