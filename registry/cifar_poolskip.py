@@ -69,6 +69,30 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         images_per_second=304.3,
         torch="2.15.0",
     ),
+    Checkpoint(
+        name="resnet56_cifar_poolskip.c10_e12",
+        dataset="cifar10_jpeg",
+        sha256="d780f56758380b4ccd18ecbd5196680c416f519607c7b23df45e846a4d84c2c6",
+        metrics={"top1": 84.83, "top5": 99.41},
+        recipe="resnet56_cifar_poolskip.c10_e12",
+        seed=0,
+        hardware="Intel(R) Xeon(R) Processor (CPU, 1 threads)",
+        hours=2.256,
+        images_per_second=66.4,
+        torch="2.15.0",
+    ),
+    Checkpoint(
+        name="resnet56_cifar.c10_e12",
+        dataset="cifar10_jpeg",
+        sha256="8c51816fa197bfe12b5ed7e5a874107af99f83c3433fc7dc709fc466c0732360",
+        metrics={"top1": 85.43, "top5": 99.34},
+        recipe="resnet56_cifar.c10_e12",
+        seed=0,
+        hardware="Intel(R) Xeon(R) Processor (CPU, 1 threads)",
+        hours=1.428,
+        images_per_second=146.2,
+        torch="2.15.0",
+    ),
 )
 
 
