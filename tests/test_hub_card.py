@@ -149,6 +149,16 @@ def test_an_unknown_recipe_is_refused(trained):
         card_text(dataclasses.replace(trained[0], recipe="gone"))
 
 
+def test_a_card_tells_of_the_weights_that_training_began_with(trained, monkeypatch):
+    assert "trained from scratch on" in " ".join(card_text(trained[0]).split())
+    monkeypatch.setattr("poolskip_zoo.hub.card._recipe", lambda record: "name: a.b\ninit: resnet50.first")
+    text = " ".join(card_text(trained[0]).split())
+    assert "trained from the weights of `resnet50.first` on" in text
+    assert (
+        "Both start from the weights of `resnet50.first`, whose training comes first and counts in the hours." in text
+    )
+
+
 # --- verify and pull
 
 

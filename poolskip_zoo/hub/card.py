@@ -96,7 +96,7 @@ Measured on the test set by `poolskip validate {name} --data-dir DATA`. Costs ar
 
 Data: {data}. Terms of the data: {terms}.
 One run, seed {seed}, {hours:.2f} hours on {hardware}{speed}.
-The base model and the variant are trained by the same recipe.
+The base model and the variant are trained by the same recipe.{start}
 `poolskip train {recipe_name} --data-dir DATA --set seed={seed}` repeats it:
 
 ```yaml
@@ -158,6 +158,7 @@ def card_text(record: Checkpoint) -> str:
         speed=_speed(record),
         recipe_name=record.recipe,
         recipe=_recipe(record),
+        start=_start(record),
         limits=_limits(record, model),
         citation=_CITATION,
     )
@@ -304,13 +305,13 @@ def _what(record: Checkpoint) -> str:
         return _wrapped(f"Semantic segmentation, trained on {data}, {kind} {segmentation.what(record)}")
     if not record.arch.endswith(SUFFIX):
         return _wrapped(
-            f"`{record.arch}` of poolskip-zoo, trained from scratch on {data}: the base model, without Pool Skip, "
+            f"`{record.arch}` of poolskip-zoo, trained{_origin(record)} on {data}: the base model, without Pool Skip, "
             f"beside which `{_twin(record)[0]}.{record.tag}` is measured."
         )
     return _wrapped(
-        f"`{base_name(record.arch)}` with [Pool Skip](https://arxiv.org/abs/2409.13154), trained from "
-        f"scratch on {data}. Pool Skip adds to a convolution's output a 3×3 convolution of its window maxima: "
-        "y = x + conv(max_unpool(max_pool(x))). This is an independent implementation, not the authors' weights."
+        f"`{base_name(record.arch)}` with [Pool Skip](https://arxiv.org/abs/2409.13154), trained{_origin(record)} on "
+        f"{data}. Pool Skip adds to a convolution's output a 3×3 convolution of its window maxima: y = x + "
+        "conv(max_unpool(max_pool(x))). This is an independent implementation, not the authors' weights."
     )
 
 
@@ -368,6 +369,19 @@ def _recipe(record: Checkpoint) -> str:
     if not path.is_file():
         raise ValueError(f"{record.name}: there is no recipe {record.recipe!r} in poolskip_zoo/recipes/")
     return path.read_text(encoding="utf-8").strip()
+
+
+def _init(record: Checkpoint) -> str:
+    return yaml.safe_load(_recipe(record)).get("init", "")
+
+
+def _origin(record: Checkpoint) -> str:
+    return f" from the weights of `{init}`" if (init := _init(record)) else " from scratch"
+
+
+def _start(record: Checkpoint) -> str:
+    init = _init(record)
+    return init and f"\nBoth start from the weights of `{init}`, whose training comes first and counts in the hours."
 
 
 def _limits(record: Checkpoint, model: nn.Module) -> str:

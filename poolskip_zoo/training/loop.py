@@ -19,6 +19,7 @@ from . import build
 from .evaluate import Batches, describe
 from .metrics import Recorder, draw_curves, hardware, versions, write_json
 from .recipe import Recipe, make_recipe
+from .start import init_file, init_seconds, init_weights
 from .state import (
     finished_metrics,
     load_checkpoint,
@@ -71,7 +72,7 @@ def train(
 
     Raises:
         ValueError: If the recipe does not fit model, data, devices, or the run that the folder holds.
-        FileNotFoundError: If data are missing.
+        FileNotFoundError: If data or the weights to start from are missing.
         RuntimeError: If the loss is no longer finite, the disk is full, a checkpoint is damaged, or another process
             trains in the run folder.
     """
@@ -160,8 +161,11 @@ class _Run:
             self.lock = open_folder(self.folder, resume)
         self.accelerator.wait_for_everyone()
         state = load_checkpoint(self.folder)
+        begun = ""
         if state is not None:
             self._restore(state)
+        elif self.recipe.init:
+            begun = self._start()
         if not self.main:
             return
         write_atomic(self.folder / "recipe.yaml", self.recipe.to_yaml().encode())
@@ -176,8 +180,19 @@ class _Run:
             unit_scale=True,
             mininterval=0.5 if sys.stderr.isatty() else 60.0,
         )
+        if begun:
+            self.bar.write(begun)
         if done:
             self.bar.write(f"resumed at epoch {self.epoch + 1}, step {self.step + 1}")
+
+    def _start(self) -> str:
+        """Load the recipe's first weights; their training counts in the run's time. Return a line to show."""
+        path = init_file(self.recipe, self.folder.parent)
+        weights, fresh = init_weights(path, self.model)
+        for model in (self.model, *([self.ema.module] if self.ema is not None else [])):
+            model.load_state_dict(weights)
+        self.seconds = init_seconds(path)
+        return f"starts from {path}" + (f", {', '.join(fresh)} fresh" if fresh else "")
 
     def fit(self, checkpoint_steps: int, limit_steps: int, deadline: float) -> bool:
         """Train to the end; return False if stopped by a limit."""
@@ -359,6 +374,7 @@ class _Run:
             "name": recipe.name,
             "model": recipe.model,
             "model_args": recipe.model_args,
+            "init": recipe.init,
             "dataset": recipe.dataset,
             **{key: getattr(recipe, key) for key in ("image_size", "window", "overlap")},
             "dataset_title": DATASETS[recipe.dataset].title,

@@ -27,6 +27,9 @@ class Recipe:
         model: timm model name; for segmentation the name of smp's architecture, such as ``unet``.
         model_args: Keywords of ``timm.create_model``, for segmentation of ``smp.create_model`` (``encoder_name`` and
             ``encoder_weights``, None where left out); the number of classes comes from the data set.
+        init: Weights to start from: name of a recipe whose run by the same seed has ended in the same output folder, of
+            a checkpoint of the zoo, or path of a safetensors file; empty for fresh ones. Pool Skip that they lack
+            starts at zero, a last layer for other classes fresh.
         dataset: One of `poolskip_zoo.data.DATASETS`; it decides whether images are classified or segmented.
         hold_out: Training images held out to choose by, >= 0; 0 trains on all and measures nothing; -1 takes the
             validation images that a segmentation data set has of its own.
@@ -82,6 +85,7 @@ class Recipe:
     model: str
     dataset: str
     model_args: dict[str, Any] = field(default_factory=dict)
+    init: str = ""
     hold_out: int = 5000
     train_images: int = 0
     image_size: int = 0
@@ -133,6 +137,8 @@ class Recipe:
             object.__setattr__(self, key, value)
         if self.warmup_epochs >= self.epochs and self.warmup_epochs:
             raise ValueError(f"recipe key warmup_epochs={self.warmup_epochs} must be below epochs={self.epochs}")
+        if self.init == self.name:
+            raise ValueError(f"recipe key init={self.init!r} is the run itself")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"recipe key batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}"

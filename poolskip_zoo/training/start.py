@@ -1,0 +1,93 @@
+"""The weights that a run starts from, where its recipe names some."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ..layers import pool_skip_modules
+from ..registry.checkpoint import find
+from ..registry.resolve import local_weights
+from .recipe import Recipe
+from .state import run_folder
+
+
+def init_file(recipe: Recipe, output: Path) -> Path:
+    """Find the weights that a recipe names.
+
+    Args:
+        recipe: The run, with ``init``.
+        output: Folder of run folders.
+
+    Returns:
+        A safetensors file: of the finished run of that name and the same seed, of the zoo's checkpoint, or at the path.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        RuntimeError: If it is a checkpoint whose weights cannot be had.
+    """
+    run = run_folder(output, dataclasses.replace(recipe, name=recipe.init, init=""))
+    for path in (Path(recipe.init), run / "model.safetensors"):
+        if path.is_file():
+            return path
+    checkpoint = find(recipe.init) if "." in recipe.init else None
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"{recipe.name} starts from init={recipe.init!r}, and there is no such file, no checkpoint of that name, "
+            f"and no finished run in {run}: `poolskip train {recipe.init} --output {output}` comes first. For timm's "
+            "own weights set model_args.pretrained=true"
+        )
+    return local_weights(checkpoint)
+
+
+def init_weights(path: Path, model: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Read weights for a model that may have Pool Skip and another number of classes beyond them.
+
+    Args:
+        path: A safetensors file.
+        model: The model, with fresh weights.
+
+    Returns:
+        The model's whole state, Pool Skip at zero where the file has none, so that the output is the base model's; and
+        the names of tensors that stay fresh, those of a last layer for other classes.
+
+    Raises:
+        ValueError: If the file is damaged or of another model.
+    """
+    try:
+        given = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"init: {path} is no readable safetensors file: {error}") from error
+    own = model.state_dict()
+    skips = tuple(f"{name}." for name in pool_skip_modules(model))
+    if skips and not any(key.startswith(skips) for key in given):
+        given.update({key: torch.zeros_like(value) for key, value in own.items() if key.startswith(skips)})
+    other = [key for key in own if key in given and given[key].shape != own[key].shape]
+    lacking, excess = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    classes_alone = all(given[key].shape[1:] == own[key].shape[1:] for key in other)
+    if lacking or excess or not classes_alone or len({key.rpartition(".")[0] for key in other}) > 1:
+        named = [*lacking, *excess, *other]
+        raise ValueError(
+            f"init: {path} is of another model: of {len(own)} tensors it lacks {len(lacking)}, has {len(excess)} in "
+            f"excess and {len(other)} of another shape ({', '.join(named[:3])}{', …' if len(named) > 3 else ''})"
+        )
+    return given | {key: own[key] for key in other}, other
+
+
+def init_seconds(path: Path) -> float:
+    """Tell how long weights were trained.
+
+    Args:
+        path: Weights of a finished run, or any others.
+
+    Returns:
+        Seconds by the ``metrics.json`` beside them, 0 where there is none.
+    """
+    metrics = path.with_name("metrics.json")
+    return float(json.loads(metrics.read_text(encoding="utf-8"))["seconds"]) if metrics.is_file() else 0.0
