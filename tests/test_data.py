@@ -155,24 +155,27 @@ def test_uniform_draws_are_uniform_and_independent() -> None:
     assert np.abs(correlation - np.eye(6)).max() < 0.03
 
 
-def test_crop_and_flip_shift_the_padded_image() -> None:
-    split, pad = images(), 2
+@pytest.mark.parametrize(("pad", "crop"), [(2, 0), (2, 8), (0, 4), (1, 6), (1, 9)])
+def test_crop_and_flip_cut_from_the_padded_image(pad: int, crop: int) -> None:
+    split = images()
     index = np.arange(64)
-    result = Augment(5, crop_padding=pad, flip=True).pixels(split.images, index, 3)
+    result = Augment(5, crop_padding=pad, crop_size=crop, flip=True).pixels(split.images, index, 3)
+    side = crop or 8
+    places = 8 + 2 * pad - side + 1
     shifts, flips = set(), 0
     for before, after in zip(split.images.numpy(), result.numpy(), strict=True):
         padded = np.pad(before, ((pad, pad), (pad, pad), (0, 0)))
         matches = [
             (row, col, flip)
-            for row in range(5)
-            for col in range(5)
+            for row in range(places)
+            for col in range(places)
             for flip in (False, True)
-            if np.array_equal(padded[row : row + 8, col : col + 8][:, :: -1 if flip else 1], after)
+            if np.array_equal(padded[row : row + side, col : col + side][:, :: -1 if flip else 1], after)
         ]
         assert len(matches) == 1
         shifts.add(matches[0][:2])
         flips += matches[0][2]
-    assert len(shifts) > 15
+    assert len(shifts) > 0.6 * places**2
     assert 16 < flips < 48
 
 

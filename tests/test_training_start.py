@@ -1,4 +1,4 @@
-"""Runs that start from the weights of others."""
+"""Runs that start from the weights of others, and runs on crops of their images."""
 
 import shutil
 from pathlib import Path
@@ -86,6 +86,13 @@ def test_checkpoints_of_the_zoo_are_found_and_fit(name: str, tmp_path: Path) -> 
     weights, fresh = init_weights(path, timm.create_model(name, num_classes=100))
     assert fresh == ["fc.weight", "fc.bias"]
     assert weights.keys() == timm.create_model(name).state_dict().keys()
+
+
+def test_crops_are_trained_on_and_fit_the_images(data: Path, tmp_path: Path) -> None:  # noqa: F811
+    cut = recipe(**SHORT, name="a.cut", crop_padding=2, crop_size=[24, 24], sizes=[[0, 16]])
+    assert train(cut, data, tmp_path, cpu=True) is not None
+    with pytest.raises(ValueError, match=r"crop_size=\[40, 40\] is larger than the images with their padding, 36"):
+        train(recipe(**SHORT, name="a.large", crop_padding=2, crop_size=[40, 40]), data, tmp_path, cpu=True)
 
 
 def test_what_cannot_be_started_from_is_named(tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ class Augment:
 
     Args:
         seed: Seed of the run, >= 0.
-        crop_padding: Zero pixels added on each side before a random crop of the original size, >= 0.
+        crop_padding: Zero pixels added on each side before a random crop, >= 0.
+        crop_size: Side of the square that is cut out; 0 for the original size.
         flip: Flip half of the images left to right.
         rand_augment: timm's RandAugment string such as ``rand-m9-n2-mstd0.5``; empty for none. It runs image by
             image in PIL, and so bounds the speed.
@@ -69,12 +70,14 @@ class Augment:
         self,
         seed: int,
         crop_padding: int = 0,
+        crop_size: int = 0,
         flip: bool = False,
         rand_augment: str = "",
         erasing: float = 0.0,
         fill: tuple[int, int, int] = (128, 128, 128),
     ) -> None:
-        self.seed, self.crop_padding, self.flip, self.erasing = seed, crop_padding, flip, erasing
+        self.seed, self.crop_padding, self.crop_size = seed, crop_padding, crop_size
+        self.flip, self.erasing = flip, erasing
         self._make_policy = _policy_maker(rand_augment, fill) if rand_augment else None
 
     def pixels(self, images: torch.Tensor, index: np.ndarray, epoch: int) -> torch.Tensor:
@@ -86,9 +89,9 @@ class Augment:
             epoch: Epoch, from 0.
 
         Returns:
-            (B, H, W, 3) uint8 on the same device.
+            (B, H, W, 3) uint8 on the same device, H and W those of the crop.
         """
-        if self.crop_padding or self.flip:
+        if self.crop_padding or self.crop_size or self.flip:
             images = self._crop_flip(images, index, epoch)
         if self._make_policy is not None:
             images = self._rand_augment(images, index, epoch)
@@ -121,18 +124,20 @@ class Augment:
 
     def _crop_flip(self, images: torch.Tensor, index: np.ndarray, epoch: int) -> torch.Tensor:
         """Gather the cropped, flipped pixels in one indexing step."""
-        height, width, pad = images.shape[1], images.shape[2], self.crop_padding
+        pad, count = self.crop_padding, len(images)
+        height, width = (self.crop_size, self.crop_size) if self.crop_size else images.shape[1:3]
         rows, cols = np.arange(height)[None], np.arange(width)[None]
         if self.flip:
             flipped = uniform(self.seed, epoch, index, 0) < 0.5
             cols = np.where(flipped[:, None], cols[:, ::-1], cols)
         if pad:
             images = F.pad(images, (0, 0, pad, pad, pad, pad))
-            rows = rows + (uniform(self.seed, epoch, index, 1) * (2 * pad + 1)).astype(np.int64)[:, None]
-            cols = cols + (uniform(self.seed, epoch, index, 2) * (2 * pad + 1)).astype(np.int64)[:, None]
-        rows = rows + np.arange(len(images))[:, None] * images.shape[1]
-        place = torch.from_numpy(rows[:, :, None] * images.shape[2] + cols[:, None, :]).to(images.device)
-        return images.view(-1, 3).index_select(0, place.view(-1)).view(len(images), height, width, 3)
+        whole_height, whole_width = images.shape[1:3]
+        rows = rows + (uniform(self.seed, epoch, index, 1) * (whole_height - height + 1)).astype(np.int64)[:, None]
+        cols = cols + (uniform(self.seed, epoch, index, 2) * (whole_width - width + 1)).astype(np.int64)[:, None]
+        rows = rows + np.arange(count)[:, None] * whole_height
+        place = torch.from_numpy(rows[:, :, None] * whole_width + cols[:, None, :]).to(images.device)
+        return images.view(-1, 3).index_select(0, place.view(-1)).view(count, height, width, 3)
 
     def _rand_augment(self, images: torch.Tensor, index: np.ndarray, epoch: int) -> torch.Tensor:
         """Run timm's RandAugment, which knows only the global generators: seed them per image, then put them back."""

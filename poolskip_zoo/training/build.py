@@ -223,12 +223,21 @@ def make_loaders(
         The training loader, and that of the held-out images or None.
 
     Raises:
-        ValueError: If the batch size does not fit the processes, the mixing or the data.
+        ValueError: If the batch size does not fit the processes, the mixing or the data, or the crop not the images.
     """
     info = DATASETS[recipe.dataset]
     red, green, blue = (round(255 * value) for value in info.mean)
+    crop, largest = (recipe.crop_size or [0])[0], min(splits[0].images.shape[1:3]) + 2 * recipe.crop_padding
+    if crop > largest:
+        raise ValueError(f"crop_size={recipe.crop_size} is larger than the images with their padding, {largest} pixels")
     augment = Augment(
-        recipe.seed, recipe.crop_padding, recipe.flip, recipe.rand_augment, recipe.random_erasing, (red, green, blue)
+        recipe.seed,
+        recipe.crop_padding,
+        crop,
+        recipe.flip,
+        recipe.rand_augment,
+        recipe.random_erasing,
+        (red, green, blue),
     )
     # The data set's statistics, not those of the model's configuration: that is of the weights which it loads.
     shared: dict[str, Any] = {

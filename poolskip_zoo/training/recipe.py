@@ -64,7 +64,8 @@ class Recipe:
         ema_warmup: Let the decay rise from 0 to ``ema_decay`` over the first updates.
         clip_grad: Largest gradient norm, 0 for no clipping.
         crop_padding: Pixels of zero padding before a random crop, 0 to 64.
-        crop_size: Of segmentation: height and width that is trained on, multiples of 32.
+        crop_size: Height and width that are cut out at random. Of classification a square, before it is resized to
+            ``image_size`` or ``sizes``; empty for that of the images. Of segmentation multiples of 32.
         scale: Of segmentation: least and greatest factor on the size before the crop.
         color_jitter: Of segmentation: largest relative change of brightness, contrast and saturation, 0 to 1.
         window: Of segmentation: height and width of evaluation's sliding window, empty for whole images.
@@ -190,7 +191,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "save_dtype": ("float16", "float32"),
 }
 # Keys of one task, which the other refuses unless they have their default.
-_SEGMENTATION_KEYS = ("encoder_lr", "loss", "class_weights", "crop_size", "scale", "color_jitter", "window", "overlap")
+_SEGMENTATION_KEYS = ("encoder_lr", "loss", "class_weights", "scale", "color_jitter", "window", "overlap")
 _CLASSIFICATION_KEYS = (
     *("train_images", "sizes", "mixup", "cutmix", "crop_padding", "rand_augment", "random_erasing"),
 )
@@ -367,6 +368,10 @@ def _check_task(recipe: Recipe) -> None:
         if recipe.hold_out < 0:
             raise ValueError(f"recipe key hold_out={recipe.hold_out}: {recipe.dataset} has no own validation images")
         _check_sizes(recipe)
+        if recipe.crop_size and (
+            len(recipe.crop_size) != 2 or len(set(recipe.crop_size)) > 1 or recipe.crop_size[0] < 8
+        ):
+            raise ValueError(f"recipe key crop_size={recipe.crop_size} must be empty or a square of at least 8 pixels")
         return
     if len(recipe.crop_size) != 2 or any(size < 32 or size % 32 for size in recipe.crop_size):
         raise ValueError(f"recipe key crop_size={recipe.crop_size} must be height and width, multiples of 32")
