@@ -1,13 +1,14 @@
-"""Write the tables of models in README.md and docs/models.md from the registry: `make tables`."""
+"""Write the tables of README.md, docs/models.md and docs/results.md from the registry: `make tables`."""
 
 from pathlib import Path
 
+from poolskip_zoo.hub.card import result_rows
 from poolskip_zoo.hub.facts import describe
-from poolskip_zoo.registry.catalogue import base_name, registered_models
+from poolskip_zoo.registry.catalogue import registered_models
 from poolskip_zoo.registry.checkpoint import SUFFIX, checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/models.md")
+PAGES = ("README.md", "docs/models.md", "docs/results.md")
 BEGIN, END = "<!-- table: made by docs/make_tables.py -->", "<!-- end of table -->"
 # One of each kind for the README; docs/models.md has all.
 EXAMPLES = (
@@ -65,28 +66,39 @@ def table(names: list[str] | tuple[str, ...]) -> str:
     return "\n".join([_HEAD, *(row(name) for name in names)])
 
 
-def checkpoint_table() -> str:
-    """What has been trained, base and variant beside each other.
+def results_table(metric: str) -> str:
+    """What has been trained: a base, its variant by the same recipe, and what lies between them.
+
+    Args:
+        metric: one that the checkpoints of a task have, "top1" or "miou".
 
     Returns:
         Markdown.
     """
-    kinds = {("top1", "top5"): "top-1, % | top-5, %", ("miou", "pixel_accuracy"): "mIoU, % | pixel accuracy, %"}
-    tables = []
-    for keys, heading in kinds.items():
-        rows = []
-        for c in (each for each in checkpoints() if each.metrics.keys() == set(keys)):
-            runs = {f"`{c.name}`": {**c.metrics, "hours": c.hours}}
-            if c.base_scores:
-                runs[f"`{base_name(c.arch)}.{c.tag}`, scores alone"] = c.base_scores
-            for name, scores in runs.items():
-                told = " | ".join(f"{scores[key]:.2f}" for key in keys)
-                rows.append(
-                    f"| {name} | {c.dataset_title} | {told} | {c.seed} | {scores['hours']:.1f} | {c.hardware} |"
-                )
-        head = [f"| checkpoint | data | {heading} | seed | hours | hardware |", "|---|---|---|---|---|---|---|"]
-        tables += ["\n".join([*head, *rows])] if rows else []
-    return "\n\n".join(tables)
+    lines = []
+    for record in checkpoints(not_kept=True):
+        if not record.arch.endswith(SUFFIX) or metric not in record.metrics:
+            continue
+        columns, (base, variant) = result_rows(record)
+        if not lines:
+            lines = [f"| data | {' | '.join(columns)} | seed, hardware |", "|---" * (len(columns) + 2) + "|"]
+        told = f"| {record.seed}, {record.hardware} |"
+        lines += [f"| {record.dataset_title} | {' | '.join(cells)} {told}" for cells in (base, variant)]
+        scores = len(record.metrics)
+        cells = [
+            _between(x, y, place < scores) for place, (x, y) in enumerate(zip(base[1:-2], variant[1:-2], strict=True))
+        ]
+        lines.append(f"| | **Pool Skip to base** | {' | '.join(cells)} | | | |")
+    return "\n".join(lines)
+
+
+def _between(base: str, variant: str, score: bool) -> str:
+    """Points between two scores, or the ratio of two sizes; speeds of two runs are no ratio."""
+    try:
+        x, y = float(base), float(variant)
+    except ValueError:
+        return "–"
+    return f"**{y - x:+.2f}**" if score else f"**×{y / x:.2f}**"
 
 
 def replaced(text: str, tables: list[str]) -> str:
@@ -114,15 +126,17 @@ def renewed(name: str) -> str:
     """A page with its tables renewed.
 
     Args:
-        name: "README.md" or "docs/models.md".
+        name: one of `PAGES`.
 
     Returns:
         Its new text.
     """
     if name == "README.md":
         tables = [table(EXAMPLES)]
+    elif name == "docs/results.md":
+        tables = [results_table("top1"), results_table("miou")]
     else:
-        tables = [table([name for name in registered_models() if name.endswith(SUFFIX)]), checkpoint_table()]
+        tables = [table([name for name in registered_models() if name.endswith(SUFFIX)])]
     return replaced((ROOT / name).read_text(encoding="utf-8"), tables)
 
 

@@ -62,7 +62,8 @@ class Checkpoint:
     Attributes:
         name: `<arch>.<tag>`.
         dataset: name of the data in `poolskip_zoo.data` that it was trained on.
-        sha256: of `model.safetensors`.
+        sha256: of `model.safetensors`; empty where the weights are not kept, for their size: such a checkpoint has a
+            card, but timm knows no tag of its name.
         metrics: name to value on the test set, in percent.
         recipe: name of the recipe in `poolskip_zoo/recipes/`.
         seed: seed of the run.
@@ -171,6 +172,7 @@ class SegmentationCheckpoint(Checkpoint):
 
 
 _CHECKPOINTS: dict[str, Checkpoint] = {}
+_NOT_KEPT: dict[str, Checkpoint] = {}
 
 
 def find(name: str) -> Checkpoint | None:
@@ -180,16 +182,23 @@ def find(name: str) -> Checkpoint | None:
         name: `<arch>.<tag>`, or `<arch>` for its first one.
 
     Returns:
-        The record, or None if no checkpoint of ours has this name.
+        The record, or None if no checkpoint of ours has this name, or its weights are not kept.
     """
     if "." in name:
         return _CHECKPOINTS.get(name)
     return next((c for c in _CHECKPOINTS.values() if c.arch == name), None)
 
 
-def checkpoints() -> tuple[Checkpoint, ...]:
-    """All trained checkpoints, in the order of registration."""
-    return tuple(_CHECKPOINTS.values())
+def checkpoints(not_kept: bool = False) -> tuple[Checkpoint, ...]:
+    """All trained checkpoints.
+
+    Args:
+        not_kept: those too whose weights are not kept.
+
+    Returns:
+        Their records in the order of registration, those without weights last.
+    """
+    return (*_CHECKPOINTS.values(), *(_NOT_KEPT.values() if not_kept else ()))
 
 
 def add_checkpoints(trained: Iterable[Checkpoint]) -> None:
@@ -199,7 +208,7 @@ def add_checkpoints(trained: Iterable[Checkpoint]) -> None:
         trained: their records.
     """
     for checkpoint in trained:
-        _CHECKPOINTS[checkpoint.name] = checkpoint
+        (_CHECKPOINTS if checkpoint.sha256 else _NOT_KEPT)[checkpoint.name] = checkpoint
 
 
 def trained_cfgs(trained: Iterable[Checkpoint], cfgs: Mapping[str, PretrainedCfg]) -> dict[str, PretrainedCfg]:
@@ -210,11 +219,11 @@ def trained_cfgs(trained: Iterable[Checkpoint], cfgs: Mapping[str, PretrainedCfg
         cfgs: architecture name to what the architecture alone decides.
 
     Returns:
-        `<arch>.<tag>` to configuration.
+        `<arch>.<tag>` to configuration, of those whose weights are kept.
     """
     trained = tuple(trained)
     add_checkpoints(trained)
-    return {checkpoint.name: checkpoint.pretrained_cfg(cfgs[checkpoint.arch]) for checkpoint in trained}
+    return {each.name: each.pretrained_cfg(cfgs[each.arch]) for each in trained if each.sha256}
 
 
 def pool_skip_cfgs(bases: Iterable[str], trained: Iterable[Checkpoint] = ()) -> dict[str, PretrainedCfg]:

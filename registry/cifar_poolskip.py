@@ -119,7 +119,9 @@ _BASES = {
 
 _ARCHS = {name: cfg for base, cfg in _BASES.items() for name in (base, base + SUFFIX)}
 _TRAINED = trained_cfgs(CHECKPOINTS, _ARCHS)
-_UNTRAINED = {name: cfg for name, cfg in _ARCHS.items() if not any(c.arch == name for c in CHECKPOINTS)}
+_UNTRAINED = {
+    name: cfg for name, cfg in _ARCHS.items() if not any(trained.startswith(f"{name}.") for trained in _TRAINED)
+}
 
 default_cfgs = generate_default_cfgs({**_TRAINED, **_UNTRAINED})
 

@@ -37,6 +37,23 @@ CHECKPOINTS: tuple[SegmentationCheckpoint, ...] = (
         image_size=180,
         class_iou=(89.13, 68.82, 3.93, 82.25, 47.5, 59.22, 20.26, 9.66, 62.92, 19.12, 8.82),
     ),
+    SegmentationCheckpoint(
+        name="segnet_vgg11_bn_poolskip.camvid_r180",
+        dataset="camvid",
+        sha256="",
+        metrics={"miou": 20.1643, "pixel_accuracy": 63.4303},
+        recipe="segnet_vgg11_bn_poolskip.camvid_r180",
+        seed=0,
+        hardware="Intel(R) Xeon(R) Processor (CPU, 1 threads)",
+        hours=1.084,
+        images_per_second=1.1,
+        torch="2.15.0",
+        model_args={"encoder_name": "vgg11_bn_poolskip"},
+        base_scores={"miou": 23.4112, "pixel_accuracy": 67.9125, "hours": 1.276, "images_per_second": 2.2},
+        model="segnet",
+        image_size=180,
+        class_iou=(85.3, 46.61, 0.0, 67.62, 3.92, 3.09, 0.0, 0.0, 15.26, 0.0, 0.0),
+    ),
 )
 
 add_checkpoints(CHECKPOINTS)

@@ -19,6 +19,9 @@ def register(monkeypatch):
     """Register a record with timm and with this package, until the test ends."""
 
     def add(record):
+        if not record.sha256:
+            monkeypatch.setitem(checkpoint_module._NOT_KEPT, record.name, record)
+            return record
         monkeypatch.setitem(checkpoint_module._CHECKPOINTS, record.name, record)
         monkeypatch.setitem(timm_registry._model_pretrained_cfgs, record.name, checkpoint_cfg(record))
         return record

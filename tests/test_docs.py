@@ -27,7 +27,9 @@ def test_code_blocks_run(page):
 
 
 # The page of all models takes about a minute: pytest -m slow tests/test_docs.py
-@pytest.mark.parametrize("name", ["README.md", pytest.param("docs/models.md", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/results.md", pytest.param("docs/models.md", marks=pytest.mark.slow)]
+)
 def test_tables_are_current(name):
     spec = importlib.util.spec_from_file_location("make_tables", ROOT / "docs" / "make_tables.py")
     make_tables = importlib.util.module_from_spec(spec)

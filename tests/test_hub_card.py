@@ -54,9 +54,15 @@ def test_all_cards_are_current(tmp_path):
     folder = resolve.hub_cards_dir()
     if folder is None:
         pytest.skip("an installation has no hub_cards/")
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {record.name for record in checkpoints()}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {
+        record.name for record in checkpoints(not_kept=True)
+    }
     for record in checkpoints():
         assert_current(record, folder / record.name, tmp_path)
+    for record in (each for each in checkpoints(not_kept=True) if not each.sha256):
+        write_card(record, tmp_path / record.name)
+        assert [file.name for file in (folder / record.name).iterdir()] == ["README.md"]
+        assert (tmp_path / record.name / "README.md").read_bytes() == (folder / record.name / "README.md").read_bytes()
 
 
 def test_a_made_folder_is_current_and_stale_files_are_noticed(trained, tmp_path):
@@ -294,6 +300,31 @@ def test_add_makes_a_folder_and_a_record_to_paste(finished, tmp_path, capsys, re
 
 
 @pytest.mark.usefixtures("shipped")
+def test_weights_that_are_too_large_leave_a_card_alone(finished, tmp_path, capsys, register):
+    from poolskip_zoo.registry.checkpoint import Checkpoint, find
+
+    cards = tmp_path / "hub_cards"
+    scores = ["--scores", str(tmp_path / "scores.json"), "--without-weights", "--cards", str(cards)]
+    assert main(["hub", "add", str(finished), *scores]) == 0
+    source = "\n".join(line for line in capsys.readouterr().out.splitlines() if not line.startswith("#"))
+    (record,) = eval(f"({source})", {"Checkpoint": Checkpoint})
+    assert record.sha256 == ""
+    assert [file.name for file in (cards / record.name).iterdir()] == ["README.md"]
+    text = " ".join((cards / record.name / "README.md").read_text(encoding="utf-8").split())
+    assert "Its weights are not kept, for their size" in text
+    assert f"`poolskip validate {RECIPE} --checkpoint runs/{RECIPE}-s5/model.safetensors" in text
+    assert "`test_resnet_cifar_poolskip.c10`, weights not kept | 90.10" in text
+    assert "SHA256SUMS" not in text
+    register(record)
+    assert find(record.name) is None
+    assert record not in checkpoints()
+    assert record in checkpoints(not_kept=True)
+    for action in ("verify", "publish"):
+        assert main(["hub", action, record.name]) == 2
+        assert "has a card alone" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("shipped")
 @pytest.mark.parametrize(
     "wrong", ["recipe", "scores", "no score", "list", "cut", "weights", "nan", "unfinished", "short", "damaged"]
 )
@@ -341,6 +372,14 @@ def test_add_refuses_a_size_that_the_checkpoint_would_not_load_with(tmp_path):
         context = pytest.raises(ValueError, match="images of 64 pixels") if refused else contextlib.nullcontext()
         with context:
             hub_verb._check_arguments(tmp_path, load_recipe(RECIPE, [f"image_size={size}"]))
+
+
+def test_add_takes_a_vit_that_was_trained_at_other_sizes_too(tmp_path):
+    vit = load_recipe("vit_tiny_patch4_32_poolskip.c10_e6")
+    assert vit.model_args == {"dynamic_img_size": True}
+    hub_verb._check_arguments(tmp_path, vit)
+    with pytest.raises(ValueError, match="model_args depth too"):
+        hub_verb._check_arguments(tmp_path, dataclasses.replace(vit, model_args={"depth": 2}))
 
 
 def test_card_writes_a_folder_again(trained, capsys):

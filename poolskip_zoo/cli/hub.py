@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="measured run of the base whose weights are not published, for the card",
     )
+    add.add_argument(
+        "--without-weights", action="store_true", help="make the card alone, of weights that are too large"
+    )
     add.add_argument("--cards", type=Path, help="folder of checkpoints (default: hub_cards/ of the checkout)")
 
     _named(actions, "card", "write README.md, config.json and SHA256SUMS again from the record")
@@ -66,10 +69,15 @@ def _named(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
 def _records(args: argparse.Namespace) -> list[Any]:
     from ..registry.checkpoint import checkpoints
 
-    known = {record.name: record for record in checkpoints()}
+    cards = args.action == "card"
+    known = {record.name: record for record in checkpoints(not_kept=cards)}
     if args.all == bool(args.names):
         raise ValueError("give names of checkpoints, or --all")
     unknown = [name for name in args.names if name not in known]
+    if unknown and unknown[0] in {record.name for record in checkpoints(not_kept=True)}:
+        raise ValueError(
+            f"{unknown[0]} has a card alone, for its weights are not kept: `poolskip train` makes them again"
+        )
     if unknown:
         raise ValueError(f"no trained checkpoint {unknown[0]!r}; there are: {', '.join(known) or 'none yet'}")
     return list(known.values()) if args.all else [known[name] for name in args.names]
@@ -104,8 +112,8 @@ def _add(args: argparse.Namespace) -> int:
         raise ValueError(f"--scores {args.scores} is no JSON: {error}") from error
     if not isinstance(scores, dict):
         raise ValueError(f"--scores {args.scores} is not what `poolskip validate … --json` prints")
-    record = add_run(args.run, scores, cards, args.base)
-    size = (cards / record.name / "model.safetensors").stat().st_size
+    record = add_run(args.run, scores, cards, args.base, weights=not args.without_weights)
+    size = sum(file.stat().st_size for file in (cards / record.name).iterdir())
     print(f"# {cards / record.name}, {size / 1e6:.2f} MB. Put this into CHECKPOINTS of its family in registry/,")
     print("# then run `poolskip hub card --all` and `make tables`:")
     print(record_source(record))
@@ -157,8 +165,10 @@ def _check_arguments(run: Path, used: Any) -> None:
             f"{run} was measured on images of {used.image_size} pixels, but a checkpoint of {used.dataset} loads for "
             f"{size}, where its scores are others"
         )
-    # Drop rates are of training alone; timm's configurations leave them out as well.
-    needed = [key for key in used.model_args if not key.startswith("drop_") and not key.endswith("_drop_rate")]
+    # Drop rates are of training alone; timm's configurations leave them out as well. A ViT that takes other sizes too
+    # computes the same of its own.
+    free = ("drop_", "dynamic_img_size")
+    needed = [key for key in used.model_args if not key.startswith(free) and not key.endswith("_drop_rate")]
     excess = [key for key in needed if key not in CARRIED]
     if excess:
         raise ValueError(

@@ -23,7 +23,9 @@ __all__ = ["add_run", "record_source"]
 _NEEDED = {"name", "model", "dataset", "seed", "hardware", "seconds", "images_per_second", "versions"}
 
 
-def add_run(run: Path, scores: dict[str, Any], cards: Path, base: Path | None = None) -> Checkpoint:
+def add_run(
+    run: Path, scores: dict[str, Any], cards: Path, base: Path | None = None, *, weights: bool = True
+) -> Checkpoint:
     """Make a checkpoint's folder from a finished run.
 
     Args:
@@ -31,6 +33,7 @@ def add_run(run: Path, scores: dict[str, Any], cards: Path, base: Path | None = 
         scores: what `poolskip validate --json` printed for these weights.
         cards: folder of checkpoints, `hub_cards/` of a checkout.
         base: finished run of the base by the same recipe, with its `scores.json`, where its weights are not published.
+        weights: keep the weights; else the folder has the card alone.
 
     Returns:
         The record, to be put into the family's file in `registry/`.
@@ -39,8 +42,8 @@ def add_run(run: Path, scores: dict[str, Any], cards: Path, base: Path | None = 
         ValueError: if the run is not finished, the scores are not its own, or other weights of this name are there.
         RuntimeError: if the weights do not fit the model.
     """
-    weights, metrics_file = run / WEIGHTS, run / "metrics.json"
-    for path in (weights, metrics_file):
+    source, metrics_file = run / WEIGHTS, run / "metrics.json"
+    for path in (source, metrics_file):
         if not path.is_file():
             raise ValueError(f"{run} is no finished run: it has no {path.name}")
     metrics = _read(metrics_file)
@@ -53,10 +56,10 @@ def add_run(run: Path, scores: dict[str, Any], cards: Path, base: Path | None = 
             f"{run} is {name} on {metrics['dataset']}, "
             f"the scores are of {scores.get('name')} on {scores.get('dataset')}"
         )
-    _check_weights(weights)
-    sha256 = sha256_of(weights)
+    _check_weights(source)
+    sha256 = sha256_of(source)
     if scores.get("sha256") not in (None, sha256):
-        raise ValueError(f"the scores are of other weights than {weights}: sha256 {scores['sha256']}, not {sha256}")
+        raise ValueError(f"the scores are of other weights than {source}: sha256 {scores['sha256']}, not {sha256}")
     for key in ("window", "overlap"):
         if key in scores and scores[key] != metrics[key]:
             raise ValueError(f"the scores were measured with {key}={scores[key]}, the recipe has {metrics[key]}")
@@ -64,12 +67,14 @@ def add_run(run: Path, scores: dict[str, Any], cards: Path, base: Path | None = 
     new = not folder.exists()
     if (folder / WEIGHTS).is_file() and sha256_of(folder / WEIGHTS) != sha256:
         raise ValueError(f"{folder} has other weights; weights are never replaced: give the new ones another tag")
-    record = _record(metrics, scores, sha256, _base_scores(name, base))
+    record = _record(metrics, scores, sha256 if weights else "", _base_scores(name, base))
     try:
-        with kept(folder / WEIGHTS) as temporary:
-            shutil.copyfile(weights, temporary)
+        if weights:
+            with kept(folder / WEIGHTS) as temporary:
+                shutil.copyfile(source, temporary)
         write_card(record, folder)
-        verify_folder(record, folder)
+        if weights:
+            verify_folder(record, folder)
     except BaseException:
         if new:  # or the next weights of this name would be refused
             shutil.rmtree(folder, ignore_errors=True)

@@ -24,7 +24,7 @@ from ..registry.segmentation import build_recorded, smp_config
 from . import segmentation
 from .verify import WEIGHTS, checkpoint_cfg, checksums, golden
 
-__all__ = ["card_text", "check_front_matter", "config", "write_card"]
+__all__ = ["card_text", "check_front_matter", "config", "result_rows", "write_card"]
 
 # The data sets' names on the Hub; the JPEG copies have none of their own.
 _HUB_DATASETS = {
@@ -77,6 +77,16 @@ sizes = ({{0: torch.export.Dim.DYNAMIC}},)
 program = torch.onnx.export(model, (torch.rand(2, {shape}),), dynamic_shapes=sizes, dynamo=True)
 program.save("{name}.onnx")
 ```"""
+_TRAIN_FIRST = """\
+Its weights are not kept, for their size: {size:.0f} MB. The recipe below makes them again, `poolskip train` in
+`runs/{name}-s{seed}`, and `poolskip hub add` makes a checkpoint of such a run."""
+_FILES = """\
+## Files
+
+`model.safetensors` (the weights), `config.json` (for {library}), `golden.safetensors` (an input and its output) and
+`SHA256SUMS`. `poolskip hub verify {name}` checks them all.
+
+"""
 _BODY = """\
 # {name}
 
@@ -90,7 +100,7 @@ _BODY = """\
 
 {results}
 
-Measured on the test set by `poolskip validate {name} --data-dir DATA`. Costs are of one {size} image.
+Measured on the test set by `poolskip validate {measured} --data-dir DATA`. Costs are of one {size} image.
 
 ## Training
 
@@ -107,12 +117,7 @@ The base model and the variant are trained by the same recipe.{start}
 
 {limits}
 
-## Files
-
-`model.safetensors` (the weights), `config.json` (for {library}), `golden.safetensors` (an input and its output) and
-`SHA256SUMS`. `poolskip hub verify {name}` checks them all.
-
-## Citation
+{files}## Citation
 
 ```bibtex
 {citation}
@@ -143,11 +148,15 @@ def card_text(record: Checkpoint) -> str:
         ValueError: if the record names no recipe of this package, or a value that the Hub does not know.
     """
     model, data = _on_meta(record), DATASETS[record.dataset]
+    library = "smp" if isinstance(record, SegmentationCheckpoint) else "timm"
     text = _BODY.format(
         name=record.name,
         what=_what(record),
-        use=_use(record),
-        library="smp" if isinstance(record, SegmentationCheckpoint) else "timm",
+        use=_use(record) if record.sha256 else _not_kept(record, model),
+        measured=record.name
+        if record.sha256
+        else f"{record.recipe} --checkpoint runs/{record.recipe}-s{record.seed}/{WEIGHTS}",
+        files=_FILES.format(name=record.name, library=library) if record.sha256 else "",
         size="×".join(map(str, _input_size(record)[1:])),
         results=_results(record),
         data=data.title,
@@ -192,13 +201,16 @@ def write_card(record: Checkpoint, folder: Path) -> None:
     """Write README.md, config.json and SHA256SUMS into a folder with weights, and the golden output where missing.
 
     Args:
-        record: the checkpoint.
+        record: the checkpoint; of one whose weights are not kept there is README.md alone.
         folder: folder with `model.safetensors`.
 
     Raises:
         ValueError: as `card_text`.
         RuntimeError: if there are no weights or they do not fit.
     """
+    if not record.sha256:
+        _write(folder / "README.md", card_text(record).encode())
+        return
     if not (folder / WEIGHTS).is_file():
         raise RuntimeError(f"{folder} has no {WEIGHTS}: `poolskip hub add RUN_FOLDER` puts it there")
     contents = {
@@ -285,6 +297,11 @@ def _use(record: Checkpoint) -> str:
     return _USE.format(name=record.name, repo=repo, shape=shape, classes=DATASETS[record.dataset].num_classes)
 
 
+def _not_kept(record: Checkpoint, model: nn.Module) -> str:
+    size = sum(tensor.numel() for tensor in model.state_dict().values()) * 2 / 1e6  # float16
+    return _TRAIN_FIRST.format(size=size, name=record.recipe, seed=record.seed)
+
+
 def _twin(record: Checkpoint) -> tuple[str, Checkpoint | None]:
     """Architecture of the base of a variant, or of the variant of a base, and its checkpoint by the same tag."""
     base = base_name(record.arch)
@@ -315,27 +332,42 @@ def _what(record: Checkpoint) -> str:
     )
 
 
-def _results(record: Checkpoint) -> str:
-    """A table of the checkpoint and its twin, the base first; of segmentation also of its classes."""
+def result_rows(record: Checkpoint) -> tuple[list[str], list[list[str]]]:
+    """The results of a checkpoint and of its twin by the same recipe.
+
+    Args:
+        record: the checkpoint.
+
+    Returns:
+        Headings of columns, and the cells of two rows, the base first; "–" where nothing is known.
+    """
     arch, twin = _twin(record)
     columns = ["model", *(_METRICS[key][2] for key in record.metrics), "parameters, M", "GMACs", "hours", "images/s"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     rows = []
     for name, one in ((record.arch, record), (arch, twin)):
         model = _model_of_row(record, name, one)
         known: dict[str, Any] = {} if name.endswith(SUFFIX) else record.base_scores
         if one:
             known = {**one.metrics, "hours": one.hours, "images_per_second": one.images_per_second}
-        cells = (
-            f"`{name}.{record.tag}`" if one else f"`{name}`, {'weights not published' if known else 'not trained'}",
+        cells = [
+            f"`{name}.{record.tag}`{'' if one.sha256 else ', weights not kept'}"
+            if one
+            else f"`{name}`, {'weights not published' if known else 'not trained'}",
             *(f"{known[key]:.2f}" if key in known else "–" for key in record.metrics),
             "–" if model is None else f"{count_parameters(model) / 1e6:.2f}",
             "–" if model is None else f"{count_macs(model, _input_size(record)) / 1e9:.3g}",
             "–" if known.get("hours") is None else f"{known['hours']:.2f}",
             "–" if known.get("images_per_second") is None else f"{known['images_per_second']:.0f}",
-        )
-        rows.append((name, "| " + " | ".join(cells) + " |"))
-    table = "\n".join([*lines, *(row for _, row in sorted(rows, key=lambda each: each[0].endswith(SUFFIX)))])
+        ]
+        rows.append((name, cells))
+    return columns, [cells for _, cells in sorted(rows, key=lambda each: each[0].endswith(SUFFIX))]
+
+
+def _results(record: Checkpoint) -> str:
+    """A table of the checkpoint and its twin; of segmentation also of its classes."""
+    columns, rows = result_rows(record)
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, *rows))
+    table = table.replace("\n", "\n" + "|---" * len(columns) + "|\n", 1)
     return f"{table}\n\n{segmentation.class_table(record)}" if isinstance(record, SegmentationCheckpoint) else table
 
 

@@ -60,7 +60,11 @@ def what(record: SegmentationCheckpoint) -> str:
     arguments: dict[str, Any] = record.model_args
     encoder, weights = arguments.get("encoder_name", "resnet34"), arguments.get("encoder_weights")
     start = f"the weights `{weights}`" if weights else "random weights"
-    return f"It is smp's `{record.model}` on the encoder `{encoder}`, which started from {start}."
+    import segmentation_models_pytorch as smp
+
+    ours = smp.MODEL_ARCHITECTURES_MAPPING[record.model].__module__.startswith(__name__.partition(".")[0])
+    whose = "poolskip-zoo's" if ours else "smp's"
+    return f"It is {whose} `{record.model}` on the encoder `{encoder}`, which started from {start}."
 
 
 def class_table(record: SegmentationCheckpoint) -> str:
