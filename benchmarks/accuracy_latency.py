@@ -17,6 +17,7 @@ from operator_speed import medians, table
 from torch import nn
 
 import poolskip_zoo  # noqa: F401  registers the models
+from poolskip_zoo.hub.verify import checkpoint_cfg
 from poolskip_zoo.registry.catalogue import base_name
 from poolskip_zoo.registry.checkpoint import SUFFIX, Checkpoint, SegmentationCheckpoint, checkpoints
 
@@ -28,7 +29,7 @@ Point = tuple[str, float, nn.Module, torch.Tensor]
 def trained() -> dict[str, list[Point]]:
     """Name, accuracy in percent, network and an image for each trained model, by data set."""
     found: dict[str, list[Point]] = {}
-    for record in checkpoints():
+    for record in checkpoints(not_kept=True):
         if isinstance(record, SegmentationCheckpoint):
             continue
         points = found.setdefault(record.dataset_title, [])
@@ -41,7 +42,7 @@ def trained() -> dict[str, list[Point]]:
 
 def built(record: Checkpoint, arch: str, model_args: dict[str, Any]) -> tuple[nn.Module, torch.Tensor]:
     """Network and image of a checkpoint; what they cost does not depend on the weights."""
-    cfg = timm.get_pretrained_cfg(record.name)
+    cfg = checkpoint_cfg(record)
     last = {"memory_format": torch.channels_last}
     model = timm.create_model(arch, num_classes=cfg.num_classes, **model_args)
     return model.eval().to(DEVICE, **last), torch.rand(1, *cfg.input_size, device=DEVICE).to(**last)
