@@ -93,6 +93,19 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         images_per_second=146.2,
         torch="2.15.0",
     ),
+    Checkpoint(
+        name="vgg11_bn_cifar_poolskip.c10_e5",
+        dataset="cifar10_jpeg",
+        sha256="",
+        metrics={"top1": 81.04, "top5": 99.08},
+        recipe="vgg11_bn_cifar_poolskip.c10_e5",
+        seed=0,
+        hardware="Intel(R) Xeon(R) Processor (CPU, 1 threads)",
+        hours=1.474,
+        images_per_second=47.5,
+        torch="2.15.0",
+        base_scores={"top1": 81.77, "top5": 99.09, "hours": 0.721, "images_per_second": 98.2},
+    ),
 )
 
 
