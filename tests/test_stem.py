@@ -291,7 +291,7 @@ model_args: {args}
 def finish(tmp_path, monkeypatch):
     """A function that leaves a finished run of a shipped recipe, measured; it returns the folder and the model."""
     monkeypatch.setattr("poolskip_zoo.training.recipe.RECIPE_DIR", tmp_path)
-    monkeypatch.setattr("poolskip_zoo.hub.card._recipe", lambda record: "its recipe")
+    monkeypatch.setattr("poolskip_zoo.hub.card._recipe", lambda record: "name: its recipe")
 
     def make(model, args):
         run = tmp_path / f"run-{model}"
