@@ -22,6 +22,7 @@ from ..registry.catalogue import base_name, create_base
 from ..registry.checkpoint import SUFFIX, Checkpoint, SegmentationCheckpoint, find
 from ..registry.segmentation import build_recorded, smp_config
 from . import segmentation
+from .template import BODY, CITATION, FILES_SECTION, TRAIN_FIRST, USE
 from .verify import WEIGHTS, checkpoint_cfg, checksums, golden
 
 __all__ = ["card_text", "check_front_matter", "config", "result_rows", "write_card"]
@@ -48,83 +49,6 @@ _ALLOWED = {
     "library_name": {"timm", "segmentation-models-pytorch"},
     "pipeline_tag": {"image-classification", "image-segmentation"},
 }
-_CITATION = """\
-@inproceedings{sun2025beyond,
-  title     = {Beyond Skip Connection: Pooling and Unpooling Design for Elimination Singularities},
-  author    = {Sun, Chengkun and Pan, Jinqian and Jin, Zhuoli and Terry, Russell Stevens and Bian, Jiang and Xu, Jie},
-  booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
-  year      = {2025},
-  note      = {arXiv:2409.13154}
-}"""
-_USE = """\
-```python
-import poolskip_zoo  # registers the model with timm; without it timm says "Unknown model"
-import timm
-import torch
-
-model = timm.create_model("{name}", pretrained=True).eval()
-logits = model(torch.rand(1, {shape}))  # (1, {classes})
-```
-
-`timm.create_model("hf-hub:{repo}", pretrained=True)` loads it from the Hub,
-`"local-dir:FOLDER"` from a copy of this folder; both need `import poolskip_zoo` too. Preprocessing is timm's, by
-`timm.data.resolve_model_data_config(model)`. HF transformers takes the folder too, after the same import, by
-`AutoModelForImageClassification.from_pretrained(FOLDER, dtype=torch.float32)`; without `dtype` it computes in the
-file's float16. To ONNX, with any batch size:
-
-```python
-sizes = ({{0: torch.export.Dim.DYNAMIC}},)
-program = torch.onnx.export(model, (torch.rand(2, {shape}),), dynamic_shapes=sizes, dynamo=True)
-program.save("{name}.onnx")
-```"""
-_TRAIN_FIRST = """\
-Its weights are not kept, for their size: {size:.0f} MB. The recipe below makes them again, `poolskip train` in
-`runs/{name}-s{seed}`, and `poolskip hub add` makes a checkpoint of such a run."""
-_FILES = """\
-## Files
-
-`model.safetensors` (the weights), `config.json` (for {library}), `golden.safetensors` (an input and its output) and
-`SHA256SUMS`. `poolskip hub verify {name}` checks them all.
-
-"""
-_BODY = """\
-# {name}
-
-{what}
-
-## Use
-
-{use}
-
-## Results
-
-{results}
-
-Measured on the test set by `poolskip validate {measured} --data-dir DATA`. Costs are of one {size} image.
-
-## Training
-
-Data: {data}. Terms of the data: {terms}.
-One run, seed {seed}, {hours:.2f} hours on {hardware}{speed}.
-The base model and the variant are trained by the same recipe.{start}
-`poolskip train {recipe_name} --data-dir DATA --set seed={seed}` repeats it:
-
-```yaml
-{recipe}
-```
-
-## Limits
-
-{limits}
-
-{files}## Citation
-
-```bibtex
-{citation}
-```
-"""
-
-
 # The sentence of docs/study.md, whose runs a test holds it to.
 _VERDICT = (
     "Does Pool Skip help? The zoo's own study (`docs/study.md` of the project: ResNet-20 on CIFAR-10, 1,000 steps, 3 "
@@ -149,14 +73,14 @@ def card_text(record: Checkpoint) -> str:
     """
     model, data = _on_meta(record), DATASETS[record.dataset]
     library = "smp" if isinstance(record, SegmentationCheckpoint) else "timm"
-    text = _BODY.format(
+    text = BODY.format(
         name=record.name,
         what=_what(record),
         use=_use(record) if record.sha256 else _not_kept(record, model),
         measured=record.name
         if record.sha256
         else f"{record.recipe} --checkpoint runs/{record.recipe}-s{record.seed}/{WEIGHTS}",
-        files=_FILES.format(name=record.name, library=library) if record.sha256 else "",
+        files=FILES_SECTION.format(name=record.name, library=library) if record.sha256 else "",
         size="×".join(map(str, _input_size(record)[1:])),
         results=_results(record),
         data=data.title,
@@ -169,7 +93,7 @@ def card_text(record: Checkpoint) -> str:
         recipe=_recipe(record),
         start=_start(record),
         limits=_limits(record, model),
-        citation=_CITATION,
+        citation=CITATION,
     )
     # Dumped by yaml itself: the client's own dump differs between its versions.
     front = yaml.safe_dump(_front_matter(record), sort_keys=False, allow_unicode=True, width=10_000)
@@ -294,12 +218,12 @@ def _use(record: Checkpoint) -> str:
     if isinstance(record, SegmentationCheckpoint):
         return segmentation.use(record)
     shape, repo = ", ".join(map(str, _input_size(record))), record.hub_id.partition("@")[0]
-    return _USE.format(name=record.name, repo=repo, shape=shape, classes=DATASETS[record.dataset].num_classes)
+    return USE.format(name=record.name, repo=repo, shape=shape, classes=DATASETS[record.dataset].num_classes)
 
 
 def _not_kept(record: Checkpoint, model: nn.Module) -> str:
     size = sum(tensor.numel() for tensor in model.state_dict().values()) * 2 / 1e6  # float16
-    return _TRAIN_FIRST.format(size=size, name=record.recipe, seed=record.seed)
+    return TRAIN_FIRST.format(size=size, name=record.recipe, seed=record.seed)
 
 
 def _twin(record: Checkpoint) -> tuple[str, Checkpoint | None]:

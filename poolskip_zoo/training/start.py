@@ -90,4 +90,4 @@ def init_seconds(path: Path) -> float:
         Seconds by the ``metrics.json`` beside them, 0 where there is none.
     """
     metrics = path.with_name("metrics.json")
-    return float(json.loads(metrics.read_text(encoding="utf-8"))["seconds"]) if metrics.is_file() else 0.0
+    return float(json.loads(metrics.read_text(encoding="utf-8")).get("seconds", 0)) if metrics.is_file() else 0.0
