@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
 import poolskip_zoo
 from poolskip_zoo import inference
 from poolskip_zoo.cli import main
+from poolskip_zoo.data import DATASETS
 from poolskip_zoo.registry.resolve import hub_cards_dir
 from poolskip_zoo.registry.segmentation import create_segmentation
 from poolskip_zoo.samples import sample_paths
@@ -93,6 +95,27 @@ def test_demo_draws_exports_and_compares(tmp_path, capsys):
     assert "a road scene, its segments" in said
 
 
+def test_samples_of_a_model_s_classes():
+    names = [path.stem for path in sample_paths()]
+    known = {data: [path.stem for path in sample_paths(DATASETS[data].labels)] for data in ("cifar10", "camvid")}
+    assert (len(known["cifar10"]), known["camvid"]) == (8, [])
+    tiny = sample_paths(DATASETS["tiny_imagenet_jpeg"].labels)
+    assert sorted(known["cifar10"] + [path.stem for path in tiny]) == sorted(names)
+    # timm has synonyms too
+    assert [path.stem for path in sample_paths(["teapot, billy", "German shepherd, alsatian", "shepherd"])] == [
+        "German_shepherd",
+        "teapot",
+    ]
+
+
+def test_demo_needs_a_model_that_knows_the_images(tmp_path, monkeypatch, capsys):
+    model = timm.create_model("test_resnet_poolskip", num_classes=7)
+    monkeypatch.setattr(inference.Classifier, "from_pretrained", classmethod(lambda cls, name: cls(model)))
+    assert main(["demo", "--name", "seven", "--output", str(tmp_path / "new")]) == 2
+    assert "seven knows none of the sample images' classes" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -102,7 +125,7 @@ def test_demo_draws_exports_and_compares(tmp_path, capsys):
         (["predict", "resnet18_poolskipp", "x.jpg"], "unknown model 'resnet18_poolskipp'"),
         (["predict", "resnet420_cifar_poolskip", "x.jpg"], "has no weights"),
         (["info", "resnet18.a1_in1k"], "similar: resnet18_poolskip\n"),
-        (["info", "unet_resnet18_poolskip.camvid_r180"], "segments"),
+        (["info", "deeplabv3plus_resnet18_poolskip.camvid_r180"], "segments"),
         (["export", "vit_tiny_patch4_32_poolskip", "--no-pretrained", "--size", "64", "64"], "--size 64 64: vit_tiny"),
         (["export", "resnet20_cifar_poolskip.nope"], "has no weights 'nope': choose c10_e60, c10"),
         (["train", "no_such_recipe"], "no_such_recipe"),
@@ -189,6 +212,6 @@ def test_a_reader_that_has_enough_is_no_error():
 
 
 def test_a_segmentation_checkpoint_s_folder_is_diagnosed(capsys):
-    folder = hub_cards_dir() / "unet_resnet18_poolskip.camvid_r180"
+    folder = hub_cards_dir() / "deeplabv3plus_resnet18_poolskip.camvid_r180"
     assert main(["diagnose", str(folder), "--images", "0"]) == 0
     assert "decoder" in capsys.readouterr().out

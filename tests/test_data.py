@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from poolskip_zoo.data import EvalLoader, Split, TrainLoader, load_split, load_splits
+from poolskip_zoo.data import DATASETS, EvalLoader, Split, TrainLoader, load_split, load_splits
 from poolskip_zoo.data.augment import Augment, uniform
 from poolskip_zoo.data.datasets import held_out
 from poolskip_zoo.data.packs import read_pack
@@ -271,6 +271,22 @@ def test_impossible_batches_are_refused() -> None:
         TrainLoader(images(), 16, Augment(0), **PLAIN, world=3)
     with pytest.raises(ValueError, match="batch_size=128 is larger than the 64 training images"):
         TrainLoader(images(), 128, Augment(0), **PLAIN)
+
+
+@pytest.mark.data
+def test_real_class_names() -> None:
+    """Ours are the first names of the packs' classes, in their order."""
+    import os
+
+    folder = Path(os.environ.get("POOLSKIP_DATA_DIR", ""))
+    for name, pack, key in (
+        ("cifar10_jpeg", "cifar10_jpeg", "classes"),
+        ("tiny_imagenet_jpeg", "tiny_imagenet_val", "names"),
+    ):
+        if not (folder / f"{pack}.npz").is_file():
+            pytest.skip(f"POOLSKIP_DATA_DIR has no {pack}.npz")
+        with np.load(folder / f"{pack}.npz") as arrays:
+            assert tuple(str(each).partition(",")[0] for each in arrays[key]) == DATASETS[name].labels
 
 
 @pytest.mark.data

@@ -118,6 +118,10 @@ def test_a_card_says_what_a_reader_needs(trained):
     recipe = yaml.safe_load(text.split("```yaml\n")[1].partition("```")[0])
     assert recipe["epochs"] == load_recipe(record.recipe).epochs
     assert not [line for line in text.partition("```")[0].splitlines()[20:] if len(line) > 120]
+    yet, done = "to be trained by the same recipe, and was not yet", "variant are trained by the same recipe"
+    assert (yet in text, done in text) == (True, False)
+    text = card_text(dataclasses.replace(record, base_scores={"top1": 90.0, "top5": 99.0}))
+    assert (yet in text, done in text) == (False, True)
 
 
 def test_a_card_has_the_twin_of_the_same_tag_beside_it(trained, register):
@@ -157,12 +161,14 @@ def test_an_unknown_recipe_is_refused(trained):
 
 def test_a_card_tells_of_the_weights_that_training_began_with(trained, monkeypatch):
     assert "trained from scratch on" in " ".join(card_text(trained[0]).split())
-    monkeypatch.setattr("poolskip_zoo.hub.card._recipe", lambda record: "name: a.b\ninit: resnet50.first")
-    text = " ".join(card_text(trained[0]).split())
-    assert "trained from the weights of `resnet50.first` on" in text
-    assert (
-        "Both start from the weights of `resnet50.first`, whose training comes first and counts in the hours." in text
-    )
+    for init, said in (
+        ("resnet50.first", "their training came first"),
+        ("resnet20_cifar.c10", "`poolskip train resnet20_cifar.c10` comes first"),
+    ):
+        monkeypatch.setattr("poolskip_zoo.hub.card._recipe", lambda record, init=init: f"name: a.b\ninit: {init}")
+        text = " ".join(card_text(trained[0]).split())
+        assert f"trained from the weights of `{init}` on" in text
+        assert f"Both start from the weights of `{init}`: {said} and counts in the hours." in text
 
 
 # --- verify and pull
@@ -375,7 +381,7 @@ def test_add_refuses_a_size_that_the_checkpoint_would_not_load_with(tmp_path):
 
 
 def test_add_takes_a_vit_that_was_trained_at_other_sizes_too(tmp_path):
-    vit = load_recipe("vit_tiny_patch4_32_poolskip.c10_e6")
+    vit = load_recipe("vit_tiny_patch4_32_poolskip.c10_e11")
     assert vit.model_args == {"dynamic_img_size": True}
     hub_verb._check_arguments(tmp_path, vit)
     with pytest.raises(ValueError, match="model_args depth too"):

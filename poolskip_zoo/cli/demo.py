@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         0 if ONNX Runtime agrees with PyTorch, else 1.
 
     Raises:
-        ValueError: if the model has no weights or no such layer.
+        ValueError: if the model has no weights or no such layer, or knows none of the sample images' classes.
         ImportError: if matplotlib, onnx, onnxscript or onnxruntime is missing; it names the extra to install.
     """
     from pathlib import Path
@@ -38,18 +38,20 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..inference import Classifier, read_image
-    from ..samples import sample_paths
+    from ..samples import first_name, sample_class, sample_paths
 
     classifier = Classifier.from_pretrained(args.name)
     layer = _pool_skip_layer(classifier.model, args.layer)
+    paths = sample_paths(classifier.labels)
+    if not paths:
+        raise ValueError(f"{args.name} knows none of the sample images' classes: take a model of CIFAR-10 or ImageNet")
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = sample_paths()
     images = [read_image(path) for path in paths]
     ranked = classifier(images)
     for path, best in zip(paths, ranked, strict=True):
         print(f"{path.name:<16} " + ", ".join(f"{label} {share:.1%}" for label, share in best[:3]))
-    hits = sum(best[0][0] == path.stem for path, best in zip(paths, ranked, strict=True))
+    hits = sum(first_name(best[0][0]) == sample_class(path) for path, best in zip(paths, ranked, strict=True))
     print(f"{hits} of {len(paths)} as named")
 
     x = classifier.preprocess(images)

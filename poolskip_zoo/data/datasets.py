@@ -67,7 +67,7 @@ class DatasetInfo:
         mean: Channel means that training normalises by, 0 to 1.
         std: Channel standard deviations that training normalises by, 0 to 1.
         licence: Terms of the data.
-        labels: Class names, by label, where they are few.
+        labels: Class names, by label; None for CIFAR-100.
     """
 
     title: str
@@ -98,6 +98,31 @@ _CIFAR100 = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CIFAR_TERMS = "no formal licence; research use"
 _TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# First WordNet names of its classes, by label.
+_TINY_IMAGENET = (
+    "Egyptian cat; reel; volleyball; rocking chair; lemon; bullfrog; basketball; cliff; espresso; plunger; "
+    "parking meter; German shepherd; dining table; monarch; brown bear; school bus; pizza; guinea pig; umbrella; "
+    "organ; oboe; maypole; goldfish; potpie; hourglass; seashore; computer keyboard; Arabian camel; ice cream; "
+    "nail; space heater; cardigan; baboon; snail; coral reef; albatross; spider web; sea cucumber; backpack; "
+    "Labrador retriever; pretzel; king penguin; sulphur butterfly; tarantula; lesser panda; pop bottle; banana; "
+    "sock; cockroach; projectile; beer bottle; mantis; freight car; guacamole; remote control; "
+    "European fire salamander; lakeside; chimpanzee; pay-phone; fur coat; alp; lampshade; torch; abacus; "
+    "moving van; barrel; tabby; goose; koala; bullet train; CD player; teapot; birdhouse; gazelle; "
+    "academic gown; tractor; ladybug; miniskirt; golden retriever; triumphal arch; cannon; neck brace; sombrero; "
+    "gasmask; candle; desk; frying pan; bee; dam; spiny lobster; police van; iPod; punching bag; beacon; "
+    "jellyfish; wok; potter's wheel; sandal; pill bottle; butcher shop; slug; hog; cougar; crane; vestment; "
+    "dragonfly; cash machine; mushroom; jinrikisha; water tower; chest; snorkel; sunglasses; fly; limousine; "
+    "black stork; dugong; sports car; water jug; suspension bridge; ox; ice lolly; turnstile; "
+    "Christmas stocking; broom; scorpion; wooden spoon; picket fence; rugby ball; sewing machine; "
+    "steel arch bridge; Persian cat; refrigerator; barn; apron; Yorkshire terrier; swimming trunks; stopwatch; "
+    "lawn mower; thatch; fountain; black widow; bikini; plate; teddy; barbershop; confectionery; beach wagon; "
+    "scoreboard; orange; flagpole; American lobster; trolleybus; drumstick; dumbbell; brass; bow tie; "
+    "convertible; bighorn; orangutan; American alligator; centipede; syringe; go-kart; brain coral; sea slug; "
+    "cliff dwelling; mashed potato; viaduct; military uniform; pomegranate; chain; kimono; comic book; "
+    "trilobite; bison; pole; boa constrictor; poncho; bathtub; grasshopper; walking stick; Chihuahua; "
+    "tailed frog; lion; altar; obelisk; beaker; bell pepper; bannister; bucket; magnetic compass; meat loaf; "
+    "gondola; standard poodle; acorn; lifeboat; binoculars; cauliflower; African elephant"
+)
 # The 11 classes of SegNet's split of CamVid, and its colours.
 _CAMVID = {
     "Sky": (128, 128, 128),
@@ -129,7 +154,9 @@ DATASETS: dict[str, DatasetInfo] = {
     "cifar10": DatasetInfo("CIFAR-10", 10, 32, *_CIFAR10, _CIFAR_TERMS, _TEN),
     "cifar100": DatasetInfo("CIFAR-100", 100, 32, *_CIFAR100, _CIFAR_TERMS),
     "cifar10_jpeg": DatasetInfo("CIFAR-10 (JPEG copy)", 10, 32, *_CIFAR10, _CIFAR_TERMS, _TEN),
-    "tiny_imagenet_jpeg": DatasetInfo("Tiny ImageNet", 200, 64, *_IMAGENET, "ImageNet terms; research use"),
+    "tiny_imagenet_jpeg": DatasetInfo(
+        *("Tiny ImageNet", 200, 64, *_IMAGENET, "ImageNet terms; research use", tuple(_TINY_IMAGENET.split("; "))),
+    ),
     "camvid": SegmentationInfo(
         *("CamVid (SegNet's split)", 11, 360, *_IMAGENET, "research use", tuple(_CAMVID)),
         void=11,

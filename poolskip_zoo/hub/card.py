@@ -91,7 +91,7 @@ def card_text(record: Checkpoint) -> str:
         speed=_speed(record),
         recipe_name=record.recipe,
         recipe=_recipe(record),
-        start=_start(record),
+        pair=_pair(record),
         limits=_limits(record, model),
         citation=CITATION,
     )
@@ -320,8 +320,12 @@ def _speed(record: Checkpoint) -> str:
     return "".join(f", {each}" for each in known if each)
 
 
+def _recipe_file(name: str) -> Any:
+    return files("poolskip_zoo") / "recipes" / f"{name}.yaml"
+
+
 def _recipe(record: Checkpoint) -> str:
-    path = files("poolskip_zoo") / "recipes" / f"{record.recipe}.yaml"
+    path = _recipe_file(record.recipe)
     if not path.is_file():
         raise ValueError(f"{record.name}: there is no recipe {record.recipe!r} in poolskip_zoo/recipes/")
     return path.read_text(encoding="utf-8").strip()
@@ -335,9 +339,15 @@ def _origin(record: Checkpoint) -> str:
     return f" from the weights of `{init}`" if (init := _init(record)) else " from scratch"
 
 
-def _start(record: Checkpoint) -> str:
-    init = _init(record)
-    return init and f"\nBoth start from the weights of `{init}`, whose training comes first and counts in the hours."
+def _pair(record: Checkpoint) -> str:
+    """What base and variant have in common."""
+    text = "The base model and the variant are trained by the same recipe."
+    if record.arch.endswith(SUFFIX) and not (record.base_scores or _twin(record)[1]):
+        text = "The base model is to be trained by the same recipe, and was not yet."
+    if init := _init(record):
+        first = f"`poolskip train {init}` comes first" if _recipe_file(init).is_file() else "their training came first"
+        text += f"\nBoth start from the weights of `{init}`: {first} and counts in the hours."
+    return text
 
 
 def _limits(record: Checkpoint, model: nn.Module) -> str:
@@ -363,9 +373,9 @@ def _limits(record: Checkpoint, model: nn.Module) -> str:
             )
         size = "×".join(map(str, checkpoint_cfg(record).input_size[1:]))
         points.append(
-            f"Trained on {size} images of {DATASETS[record.dataset].num_classes} classes; it knows no others."
+            f"Measured on {size} images of {DATASETS[record.dataset].num_classes} classes; it knows no others."
         )
-    if record.dataset.endswith("_jpeg"):
+    if record.dataset == "cifar10_jpeg":
         points.append("Its data are a JPEG copy: results on the original images may differ a little.")
     points.append(_VERDICT)
     return "\n".join(_wrapped(f"- {point}", "  ") for point in points)

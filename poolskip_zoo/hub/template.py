@@ -58,7 +58,7 @@ Measured on the test set by `poolskip validate {measured} --data-dir DATA`. Cost
 
 Data: {data}. Terms of the data: {terms}.
 One run, seed {seed}, {hours:.2f} hours on {hardware}{speed}.
-The base model and the variant are trained by the same recipe.{start}
+{pair}
 `poolskip train {recipe_name} --data-dir DATA --set seed={seed}` repeats it:
 
 ```yaml
