@@ -13,7 +13,9 @@ from PIL import Image
 import poolskip_zoo
 from poolskip_zoo import inference
 from poolskip_zoo.cli import main
+from poolskip_zoo.cli.demo import _pooled_map
 from poolskip_zoo.data import DATASETS
+from poolskip_zoo.layers import max_pool_unpool2d, pool_skip_modules
 from poolskip_zoo.registry.resolve import hub_cards_dir
 from poolskip_zoo.registry.segmentation import create_segmentation
 from poolskip_zoo.samples import sample_paths
@@ -106,6 +108,15 @@ def test_samples_of_a_model_s_classes():
         "German_shepherd",
         "teapot",
     ]
+
+
+@pytest.mark.parametrize("name", ["test_resnet_poolskip", "test_vit_poolskip"])
+def test_demo_draws_the_map_that_is_pooled(name):
+    model, x = timm.create_model(name).eval(), torch.rand(2, 3, 160, 160)
+    layer, kept = next(iter(pool_skip_modules(model).values())), []
+    layer.conv.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    before = _pooled_map(layer, model, x)
+    assert torch.equal(max_pool_unpool2d(before, tuple(layer.window)), kept[0])
 
 
 def test_demo_needs_a_model_that_knows_the_images(tmp_path, monkeypatch, capsys):

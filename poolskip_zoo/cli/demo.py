@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     x = classifier.preprocess(images)
     picture = folder / "demo.png"
-    before = _input_of(classifier.model.get_submodule(layer), classifier.model, x)
+    before = _pooled_map(classifier.model.get_submodule(layer), classifier.model, x)
     _draw(picture, images, ranked, before, classifier.model.get_submodule(layer).window, layer)
     print(f"picture: {picture}")
 
@@ -86,18 +86,21 @@ def _pool_skip_layer(model, layer):
     return layer
 
 
-def _input_of(module, model, x):
-    """What a part of a model gets."""
+def _pooled_map(layer, model, x):
+    """The map that a Pool Skip layer pools, (N, C, H, W): of tokens their patch grid."""
     import torch
 
     seen = []
-    handle = module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    handle = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
         with torch.inference_mode():
             model(x)
     finally:
         handle.remove()
-    return seen[0]
+    if seen[0].dim() == 4:
+        return seen[0]
+    patches = seen[0][:, layer.grid.prefix :]
+    return patches.unflatten(1, layer.grid.find(seen[0].shape[1])).movedim(-1, 1)
 
 
 def _draw(path, images, ranked, before, window, layer):
