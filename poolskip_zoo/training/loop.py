@@ -139,7 +139,7 @@ class _Run:
         self.mixup = build.make_mixup(recipe)
         self.criterion = self.task.make_criterion().to(accelerator.device)
         if recipe.compile:
-            model.compile(dynamic=False)  # a graph for each of the few sizes: one for any size is slower
+            model.compile(dynamic=False)  # the few sizes have a graph each
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.epoch, self.step, self.checked, self.seconds = 0, 0, 0, 0.0
         self.losses = torch.zeros(self.loader.steps, device=accelerator.device)
