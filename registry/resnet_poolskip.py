@@ -9,7 +9,20 @@ from ..models.resnet import PoolSkipResNet
 from .build import create
 from .checkpoint import Checkpoint, pool_skip_cfgs
 
-CHECKPOINTS: tuple[Checkpoint, ...] = ()
+CHECKPOINTS: tuple[Checkpoint, ...] = (
+    Checkpoint(
+        name="resnet50_poolskip.tin200_r64_cpu",
+        dataset="tiny_imagenet_jpeg",
+        sha256="5ae7564736133345ee6a87997f4c5ef58f38a33730c94ffe18d4c31b1a22a024",
+        metrics={"top1": 51.93, "top5": 77.31},
+        recipe="resnet50_poolskip.tin200_r64_cpu",
+        seed=0,
+        hardware="AMD EPYC (CPU, 2 threads)",
+        hours=2.683,
+        images_per_second=130.4,
+        torch="2.14.1",
+    ),
+)
 
 _BASES = (
     *("resnet18", "resnet18d", "resnet26", "resnet26d", "resnet34", "resnet34d", "resnet50", "resnet50d"),

@@ -23,7 +23,7 @@ CHECKPOINTS: tuple[SegmentationCheckpoint, ...] = (
     SegmentationCheckpoint(
         name="unet_resnet18_poolskip.camvid_r180",
         dataset="camvid",
-        sha256="42fbfc2f43797000b29a3fdcc71e6b417a93b16cfba7e36787a45c17edce895d",
+        sha256="",
         metrics={"miou": 42.8748, "pixel_accuracy": 81.1938},
         recipe="unet_resnet18_poolskip.camvid_r180",
         seed=0,

@@ -23,6 +23,7 @@ pytest.importorskip("onnxscript")
 
 NAME = "test_resnet_poolskip"
 CARDS = Path(__file__).resolve().parent.parent / "hub_cards"
+SEGMENTS = "deeplabv3plus_resnet18_poolskip.camvid_r180"
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,7 @@ def test_command_on_a_segmentation_checkpoint(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(export, "to_openvino", write)
     path = tmp_path / "net.xml"
-    assert main(["export", "unet_resnet18_poolskip.camvid_r180", "--no-pretrained", "--output", str(path)]) == 0
+    assert main(["export", SEGMENTS, "--no-pretrained", "--output", str(path)]) == 0
     assert f"{path} (0.6 MB)" in capsys.readouterr().out
     assert seen["shapes"] == [[1, 3, 192, 192], [1, 11, 192, 192]]
     assert (seen["task"], seen["input_size"], seen["class_names"][:2]) == (
@@ -235,7 +236,10 @@ def test_command_on_a_segmentation_checkpoint(tmp_path, monkeypatch, capsys):
     ("words", "says"),
     [
         (["no_such_model"], "unknown model 'no_such_model'"),
-        ([str(CARDS / "unet_resnet18_poolskip.camvid_r180")], "give its name, unet_resnet18_poolskip.camvid_r180, or"),
+        (
+            [str(CARDS / SEGMENTS)],
+            f"give its name, {SEGMENTS}, or",
+        ),
         ([NAME], f"{NAME} has no weights; --no-pretrained"),
         (
             [NAME, "--no-pretrained", "--output", "net.pt", "--half"],

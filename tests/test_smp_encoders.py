@@ -57,7 +57,7 @@ def test_every_name_but_those_for_small_images_is_an_encoder():
     assert {"resnet50_poolskip", "vgg16_bn_poolskip", "vit_base_patch16_224_poolskip", *TINY} <= ours
     assert len(TINY) == 3
     weights = smp.encoders.encoders["resnet50_poolskip"]["pretrained_settings"]
-    assert list(weights)[:2] == ["imagenet", "a1_in1k"]
+    assert list(weights)[:3] == ["imagenet", "tin200_r64_cpu", "a1_in1k"]
 
 
 def test_models_for_small_images_are_no_encoders():
@@ -318,9 +318,9 @@ def test_wrong_settings_are_refused(error, match, settings):
 
 
 def test_wrong_weights_list_the_options():
-    with pytest.raises(ValueError, match=r"no weights 'cs'.*choose 'imagenet', 'a1_in1k'.*None"):
+    with pytest.raises(ValueError, match=r"no weights 'cs'.*choose 'imagenet', 'tin200_r64_cpu', 'a1_in1k'.*None"):
         smp.Unet("resnet50_poolskip", encoder_weights="cs")
-    with pytest.raises(ValueError, match=r"no weights None .*choose 'imagenet', 'a1_in1k'[^N]*$"):
+    with pytest.raises(ValueError, match=r"no weights None .*choose 'imagenet', 'tin200_r64_cpu'[^N]*$"):
         smp.encoders.get_preprocessing_params("resnet50_poolskip", None)
     with pytest.raises(ValueError, match="'test_resnet_poolskip' has no weights, and so no preprocessing of its own"):
         smp.encoders.get_preprocessing_params("test_resnet_poolskip")

@@ -5,7 +5,7 @@ import argparse
 from ..contexts import kept
 
 HELP = "classify sample images, draw what pooling keeps, export to ONNX and compare; segment a road scene"
-_NAME = "resnet20_cifar_poolskip"
+_NAME = "resnet50_poolskip"
 _SEGMENTS = "deeplabv3plus_resnet18_poolskip.camvid_r180"
 
 
@@ -119,9 +119,8 @@ def _draw(path, images, ranked, before, window, layer):
     figure = Figure(figsize=(1.6 * columns + 0.4, 6.6), layout="constrained")
     axes = figure.subplots(4, columns, gridspec_kw={"height_ratios": [1, 1, 1, 0.8]})
     for i, image in enumerate(images):
-        label, share = ranked[i][0]
         axes[0, i].imshow(image, interpolation="nearest")
-        axes[0, i].set_title(f"{label} {share:.0%}", fontsize=11)
+        axes[0, i].set_title(ranked[i][0][0], fontsize=11)
         scale = float(before[i, channel].abs().max())
         for row, values in ((1, before), (2, maxima)):
             axes[row, i].imshow(values[i, channel], cmap="RdBu_r", vmin=-scale, vmax=scale, interpolation="nearest")
