@@ -82,8 +82,9 @@ def results_table(metric: str) -> str:
         columns, (base, variant) = result_rows(record)
         if not lines:
             lines = [f"| data | {' | '.join(columns)} | seed, hardware |", "|---" * (len(columns) + 2) + "|"]
-        told = f"| {record.seed}, {record.hardware} |"
-        lines += [f"| {record.dataset_title} | {' | '.join(cells)} {told}" for cells in (base, variant)]
+        for cells in (base, variant):
+            told = "–" if cells[1] == "–" else f"{record.seed}, {record.hardware}"  # no score: not trained
+            lines.append(f"| {record.dataset_title} | {' | '.join(cells)} | {told} |")
         scores = len(record.metrics)
         cells = [
             _between(x, y, place < scores) for place, (x, y) in enumerate(zip(base[1:-2], variant[1:-2], strict=True))

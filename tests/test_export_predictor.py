@@ -236,10 +236,7 @@ def test_command_on_a_segmentation_checkpoint(tmp_path, monkeypatch, capsys):
     ("words", "says"),
     [
         (["no_such_model"], "unknown model 'no_such_model'"),
-        (
-            [str(CARDS / SEGMENTS)],
-            f"give its name, {SEGMENTS}, or",
-        ),
+        ([str(CARDS / SEGMENTS)], f"give its name, {SEGMENTS}, or"),
         ([NAME], f"{NAME} has no weights; --no-pretrained"),
         (
             [NAME, "--no-pretrained", "--output", "net.pt", "--half"],
