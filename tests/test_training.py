@@ -4,10 +4,12 @@ import argparse
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,7 +134,7 @@ def assert_equal_runs(one: Path, two: Path) -> None:
 
 
 KILLED = """
-import json, os, signal, sys
+import json, os, sys
 import torch
 from timm.utils import ModelEmaV3
 from poolskip_zoo.training import make_recipe, train
@@ -145,22 +147,24 @@ def killing(self, *args, **kwargs):
     update(self, *args, **kwargs)
     updates += 1
     if updates == int(sys.argv[4]) and os.environ.get("RANK", "0") == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(sys.argv[5]))
 
 ModelEmaV3.update = killing
 train(make_recipe(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3], checkpoint_steps=3, cpu=True)
 """
 
 
-def run_killed(data: Path, output: Path, at: int, processes: int = 1, **change: Any) -> None:
+def run_killed(
+    data: Path, output: Path, at: int, processes: int = 1, by: signal.Signals = signal.SIGKILL, **change: Any
+) -> None:
     script = output / "killed.py"
     script.write_text(textwrap.dedent(KILLED))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     settings = json.dumps({**EVERYTHING, **change})
-    command = [sys.executable, *launcher, str(script), settings, str(data), str(output), str(at)]
+    command = [sys.executable, *launcher, str(script), settings, str(data), str(output), str(at), str(int(by))]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if at:
-        assert result.returncode == (1 if processes > 1 else -9), result.stderr
+        assert result.returncode == (1 if processes > 1 else -by), result.stderr
     else:
         assert result.returncode == 0, result.stderr
 
@@ -187,6 +191,58 @@ def test_killed_run_ends_equal_to_the_bit(data: Path, finished: Path, tmp_path: 
     assert len((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 
+def test_sigterm_ends_a_run_with_a_checkpoint(data: Path, finished: Path, tmp_path: Path) -> None:
+    run_killed(data, tmp_path, at=STEPS + 5, by=signal.SIGTERM)
+    state = load_checkpoint(tmp_path / finished.name)
+    assert state is not None
+    assert (state["epoch"], state["step"]) == (1, 5)
+    assert train(recipe(), data, tmp_path, cpu=True) is not None
+    assert_equal_runs(finished, tmp_path / finished.name)
+
+
+HANDLED = """
+import json, signal, sys
+from pathlib import Path
+import torch
+from timm.utils import ModelEmaV3
+from poolskip_zoo.training import make_recipe, train
+
+torch.set_num_threads(1)
+update = ModelEmaV3.update
+
+def updated(self, *args, **kwargs):
+    update(self, *args, **kwargs)
+    signal.raise_signal(signal.SIGTERM)
+
+def handler(*_):
+    print("handled", (Path(sys.argv[3]) / "test_resnet.tiny-s0" / "last.pt").exists())
+
+ModelEmaV3.update = updated
+arguments = make_recipe(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
+signal.signal(signal.SIGTERM, handler)
+assert train(*arguments, cpu=True) is None
+assert signal.getsignal(signal.SIGTERM) is handler
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+assert train(*arguments, cpu=True, limit_steps=2) is None  # ignored, so not the end
+"""
+
+
+def test_a_handler_of_sigterm_is_called_after_the_checkpoint_is_written(data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HANDLED, json.dumps(EVERYTHING), str(data), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    handled = [line for line in result.stdout.splitlines() if line.startswith("handled")]
+    assert handled == ["handled True"]
+    state = load_checkpoint(tmp_path / "test_resnet.tiny-s0")
+    assert state is not None
+    assert (state["epoch"], state["step"]) == (0, 3)
+
+
+def test_trains_outside_the_main_thread(data: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:  # where Python has no signals
+        assert pool.submit(train, recipe(**PLAIN, epochs=1), data, tmp_path, cpu=True).result() is not None
+
+
 def test_stopping_at_every_few_steps_changes_nothing(data: Path, finished: Path, tmp_path: Path) -> None:
     calls = 0
     while train(recipe(), data, tmp_path, limit_steps=5, cpu=True) is None:
@@ -204,6 +260,7 @@ def test_two_processes_resume_exactly_and_agree_with_one(data: Path, tmp_path: P
         folder.mkdir()
     run_killed(data, folders[0], at=0, processes=2, **vit)
     run_killed(data, folders[1], at=STEPS + 5, processes=2, **vit)
+    run_killed(data, folders[1], at=2, processes=2, by=signal.SIGTERM, **vit)  # in one of the two
     run_killed(data, folders[1], at=0, processes=2, **vit)
     train(recipe(**vit), data, folders[2], cpu=True)
     name = "test_resnet.tiny-s0"

@@ -1,6 +1,7 @@
 """Lists of runs: order, limits, failures, parts, the summary."""
 
 import csv
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -52,6 +53,10 @@ def test_shipped_lists_name_shipped_recipes() -> None:
     assert names[:2] == ["resnet20_cifar.c10", "resnet20_cifar_poolskip.c10"]
     assert len(names) == 8
     assert len(load_list("camvid")) == 6
+    trunk, base, variant = load_list("tin200_pair")
+    assert trunk.init == ""
+    assert base.init == variant.init == trunk.name
+    assert dataclasses.replace(variant, name=base.name, model=base.model) == base
     with pytest.raises(FileNotFoundError, match=r"no shipped list of that name; shipped: .*c10"):
         load_list("c11")
 

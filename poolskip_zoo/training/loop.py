@@ -19,6 +19,7 @@ from . import build
 from .evaluate import Batches, describe
 from .metrics import Recorder, draw_curves, hardware, versions, write_json
 from .recipe import Recipe, make_recipe
+from .sigterm import hold_sigterm
 from .start import init_file, init_seconds, init_weights
 from .state import (
     finished_metrics,
@@ -33,6 +34,8 @@ from .state import (
 from .task import TrainBatches, make_task
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from accelerate import Accelerator
 
 GPU_CHECK_EVERY = 50  # steps between looks at the loss: each look waits for the GPU
@@ -54,7 +57,8 @@ def train(
 
     The run folder is ``<output>/<name>-s<seed>``. A run that was ended in any way goes on from its last checkpoint when
     called again, and ends equal to the bit to one that was not ended (on a GPU with ``deterministic``; with the same
-    number of processes). A finished run is not trained again.
+    number of processes). A finished run is not trained again. At SIGTERM it writes a checkpoint before the signal takes
+    its course.
 
     Args:
         recipe: The run.
@@ -95,7 +99,9 @@ def train(
         run = _Run(recipe, folder, accelerator, data_dir, download)
         try:
             run.open(resume)
-            return run.finish() if run.fit(checkpoint_steps, limit_steps, deadline) else None
+            with hold_sigterm() as terminated:
+                ended = run.fit(checkpoint_steps, limit_steps, lambda: time.monotonic() > deadline or terminated())
+            return run.finish() if ended else None
         finally:
             run.close()
     finally:
@@ -194,10 +200,11 @@ class _Run:
         self.seconds = init_seconds(path)
         return f"starts from {path}" + (f", {', '.join(fresh)} fresh" if fresh else "")
 
-    def fit(self, checkpoint_steps: int, limit_steps: int, deadline: float) -> bool:
-        """Train to the end; return False if stopped by a limit."""
+    def fit(self, checkpoint_steps: int, limit_steps: int, late: Callable[[], bool]) -> bool:
+        """Train to the end; return False if stopped, with a checkpoint, after so many steps or because it is late."""
         begun, taken = time.perf_counter(), 0
         check_every = 1 if self.accelerator.device.type == "cpu" else GPU_CHECK_EVERY
+        several = self.accelerator.num_processes > 1
         while self.epoch < self.recipe.epochs:
             self.wrapped.train()
             first, epoch_begun = self.step, time.perf_counter()
@@ -207,7 +214,8 @@ class _Run:
                 look = self.step % check_every == 0 or self.step == self.loader.steps
                 if look:
                     self._check_losses()
-                stop = taken == limit_steps or (look and self._late(deadline))
+                # Several processes ask each other, which waits for the GPU too.
+                stop = taken == limit_steps or ((look or not several) and self._any(late()))
                 if self.step < self.loader.steps and (stop or (checkpoint_steps and self.step % checkpoint_steps == 0)):
                     self._save(begun)
                     if stop:
@@ -220,14 +228,13 @@ class _Run:
         self.seconds += time.perf_counter() - begun
         return True
 
-    def _late(self, deadline: float) -> bool:
-        """Whether process 0, and so every process, is past the deadline; the clocks of several may differ."""
-        if deadline == math.inf:
-            return False
-        late = torch.tensor(float(time.monotonic() > deadline), device=self.accelerator.device)
-        if self.accelerator.num_processes > 1:
-            torch.distributed.broadcast(late, 0)
-        return bool(late)
+    def _any(self, late: bool) -> bool:
+        """Whether it holds in any process; clocks differ, and a signal may reach only one."""
+        if self.accelerator.num_processes == 1:
+            return late
+        flag = torch.tensor(float(late), device=self.accelerator.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
 
     def _train_step(self) -> None:
         """Make one update of the weights."""
