@@ -215,7 +215,7 @@ class _Run:
                 if look:
                     self._check_losses()
                 # Several processes ask each other, which waits for the GPU too.
-                stop = taken == limit_steps or ((look or not several) and self._any(late()))
+                stop = taken == limit_steps or (look and self._any(late()) if several else late())
                 if self.step < self.loader.steps and (stop or (checkpoint_steps and self.step % checkpoint_steps == 0)):
                     self._save(begun)
                     if stop:
@@ -229,9 +229,7 @@ class _Run:
         return True
 
     def _any(self, late: bool) -> bool:
-        """Whether it holds in any process; clocks differ, and a signal may reach only one."""
-        if self.accelerator.num_processes == 1:
-            return late
+        """Whether it holds in any of several processes; clocks differ, and a signal may reach only one."""
         flag = torch.tensor(float(late), device=self.accelerator.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag)
