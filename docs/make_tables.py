@@ -87,7 +87,8 @@ def results_table(metric: str) -> str:
             lines.append(f"| {record.dataset_title} | {' | '.join(cells)} | {told} |")
         scores = len(record.metrics)
         cells = [
-            _between(x, y, place < scores) for place, (x, y) in enumerate(zip(base[1:-2], variant[1:-2], strict=True))
+            "–" if place < scores and record.base_note else _between(x, y, place < scores)
+            for place, (x, y) in enumerate(zip(base[1:-2], variant[1:-2], strict=True))
         ]
         lines.append(f"| | **Pool Skip to base** | {' | '.join(cells)} | | | |")
     return "\n".join(lines)

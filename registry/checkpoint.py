@@ -77,6 +77,7 @@ class Checkpoint:
             when this checkpoint is loaded.
         base_scores: of a run of the base by the same recipe whose weights are not published: `metrics`, `hours` and
             `images_per_second` by name.
+        base_note: how that run departs from the recipe, a clause after "except that"; empty where it does not.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Checkpoint:
     torch: str | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     base_scores: dict[str, float] = field(default_factory=dict)
+    base_note: str = ""
 
     @property
     def arch(self) -> str:

@@ -120,8 +120,12 @@ def test_a_card_says_what_a_reader_needs(trained):
     assert not [line for line in text.partition("```")[0].splitlines()[20:] if len(line) > 120]
     yet, done = "to be trained by the same recipe, and was not yet", "variant are trained by the same recipe"
     assert (yet in text, done in text) == (True, False)
-    text = card_text(dataclasses.replace(record, base_scores={"top1": 90.0, "top5": 99.0}))
+    record = dataclasses.replace(record, base_scores={"top1": 90.0, "top5": 99.0})
+    text = card_text(record)
     assert (yet in text, done in text) == (False, True)
+    noted = card_text(dataclasses.replace(record, base_note="the base had an epoch less"))
+    said = f"{done}, except that the base had an epoch less."
+    assert noted.split() == text.replace(f"{done}.", said).split()
 
 
 def test_a_card_has_the_twin_of_the_same_tag_beside_it(trained, register):

@@ -341,7 +341,8 @@ def _origin(record: Checkpoint) -> str:
 
 def _pair(record: Checkpoint) -> str:
     """What base and variant have in common."""
-    text = "The base model and the variant are trained by the same recipe."
+    apart = f", except that {record.base_note}" if record.base_note else ""
+    text = _wrapped(f"The base model and the variant are trained by the same recipe{apart}.")
     if record.arch.endswith(SUFFIX) and not (record.base_scores or _twin(record)[1]):
         text = "The base model is to be trained by the same recipe, and was not yet."
     if init := _init(record):
