@@ -73,8 +73,8 @@ def window_maxima_for_training(x: Tensor, window: list[int]) -> Tensor:
     Returns:
         Equal to the bit to torch's pair, in the memory format of `x`.
     """
-    values, offsets, indices, _ = _Pool.apply(x, window, [])
-    return _Scatter.apply(values, offsets, window, x.shape[2:], indices)
+    values, offsets, indices, u, _ = _Pool.apply(x, window, [], True)
+    return _Scatter.apply(values, offsets, window, x.shape[2:], indices, u)
 
 
 def add_conv_of_window_maxima(x: Tensor, window: list[int], conv: nn.Module) -> Tensor:
@@ -92,55 +92,56 @@ def add_conv_of_window_maxima(x: Tensor, window: list[int], conv: nn.Module) -> 
         Equal to the bit to the stock composition, which promotes types where autocast made the convolution's another.
     """
     shared: list[Tensor] = []
-    values, offsets, indices, x = _Pool.apply(x, window, shared)
-    weight, bias, device = conv.weight, conv.bias, x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and values.dtype != torch.float64:
+    weight, bias, device, dtype = conv.weight, conv.bias, x.device.type, x.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        values, weight = values.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    values, offsets, indices, u, x = _Pool.apply(x, window, shared, dtype == x.dtype)
     settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    added = _Conv.apply(values, offsets, weight, bias, window, x.shape[2:], settings, indices, shared)
+    added = _Conv.apply(values.to(dtype), offsets, weight, bias, window, x.shape[2:], settings, indices, u, shared)
     return added.add_(x) if added.dtype == x.dtype and added.stride() == x.stride() else x + added
 
 
 class _Pool(Function):
-    """x → (window maxima, offsets, indices or None, x); who takes the indices in the forward does not keep them.
+    """x → (window maxima, offsets, indices or None, their map or None, x); indices and map are for the forward alone.
 
     x passes through so that its own gradient is added to in place here, not by autograd into one tensor more.
     `shared` is empty, or holds what the backward of `_Conv` has made and no longer needs: the indices and a map that is
-    zero elsewhere.
+    zero elsewhere. `fill` asks for the map where it costs no pass of its own.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, window: list[int], shared: list[Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        values, offsets, indices = _pool(x, window)
+    def forward(ctx: Any, x: Tensor, window: list[int], shared: list[Tensor], fill: bool) -> tuple[Any, ...]:
+        offset_type = _offset_type(window, x.shape[2:])
+        indices, u = None, None
+        if kernels.applies(x, window):
+            values, offsets, u = kernels.load().pool(x, window, offset_type, fill)
+        else:
+            values, indices = pool_with_indices(x, window)
+            offsets = (indices - _first_cells(indices, window, x.shape[2:])).to(offset_type)
         ctx.save_for_backward(offsets)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(each for each in (offsets, indices) if each is not None))
+        ctx.mark_non_differentiable(*(each for each in (offsets, indices, u) if each is not None))
         ctx.window, ctx.size, ctx.shared = window, x.shape[2:], shared
-        return values, offsets, indices, x
+        return values, offsets, indices, u, x
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (offsets,) = ctx.saved_tensors
-        of_values, _, _, of_x = grads
+        of_values, of_x = grads[0], grads[-1]
         if of_values is None:
-            return of_x, None, None
+            return of_x, None, None, None
         if torch.is_grad_enabled():  # a second derivative will be asked for
             of_u = _Scatter.apply(of_values, offsets, ctx.window, ctx.size)
-            return of_u if of_x is None else of_x + of_u, None, None
+            return of_u if of_x is None else of_x + of_u, None, None, None
         shared: tuple[Any, Any] = ctx.shared or (None, None)
         indices, u = shared
         ctx.shared.clear()
         last = _is_channels_last(offsets)
         if u is not None and u.dtype == of_values.dtype and (_is_channels_last(u) if last else u.is_contiguous()):
-            of_u = u
             _cells(u, last).scatter_(-2 if last else -1, _cells(indices, last), _cells(of_values, last))
-        else:
-            of_u = _scatter(of_values, offsets, ctx.window, ctx.size, indices)
-        return of_u if of_x is None else of_u.add_(of_x), None, None
+            return u if of_x is None else u.add_(of_x), None, None, None
+        return _scatter(of_values, offsets, ctx.window, ctx.size, indices, of_x), None, None, None
 
 
 class _Scatter(Function):
@@ -154,15 +155,16 @@ class _Scatter(Function):
         window: list[int],
         size: torch.Size,
         indices: Tensor | None = None,
+        u: Tensor | None = None,
     ) -> Tensor:
         ctx.save_for_backward(offsets)
         ctx.window = window
-        return _scatter(values, offsets, window, size, indices)
+        return _scatter(values, offsets, window, size, indices) if u is None else u
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (offsets,) = ctx.saved_tensors
-        return _Gather.apply(grads[0], offsets, ctx.window), None, None, None, None
+        return _Gather.apply(grads[0], offsets, ctx.window), *[None] * 5
 
 
 class _Gather(Function):
@@ -194,11 +196,13 @@ class _Conv(Function):
         size: torch.Size,
         settings: tuple[Any, ...],
         indices: Tensor | None,
+        u: Tensor | None,
         shared: list[Tensor],
     ) -> Tensor:
         ctx.save_for_backward(values, offsets, weight)
         ctx.window, ctx.size, ctx.settings, ctx.shared = window, size, settings, shared
-        u = _scatter(values, offsets, window, size, indices)
+        if u is None:
+            u = _scatter(values, offsets, window, size, indices)
         return (F.conv1d, F.conv2d, F.conv3d)[len(window) - 1](u, weight, bias, *settings)
 
     @staticmethod
@@ -219,25 +223,24 @@ class _Conv(Function):
         of_values = gather(of_u, offsets, ctx.window, indices) if need_values else None
         if need_values and indices is not None:
             ctx.shared[:] = indices, u
-        return of_values, None, of_weight, of_bias, *[None] * 5
-
-
-def _pool(x: Tensor, window: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
-    offset_type = _offset_type(window, x.shape[2:])
-    if kernels.applies(x, window):
-        return *kernels.load().pool(x, window, offset_type), None
-    values, indices = pool_with_indices(x, window)
-    return values, (indices - _first_cells(indices, window, x.shape[2:])).to(offset_type), indices
+        return of_values, None, of_weight, of_bias, *[None] * 6
 
 
 def _scatter(
-    values: Tensor, offsets: Tensor, window: list[int], size: torch.Size, indices: Tensor | None = None
+    values: Tensor,
+    offsets: Tensor,
+    window: list[int],
+    size: torch.Size,
+    indices: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> Tensor:
+    """The map of the values, plus `base` if there is one."""
     if kernels.applies(values, window) and values.stride() == offsets.stride():
-        return kernels.load().scatter(values, offsets, window, size)
+        return kernels.load().scatter(values, offsets, window, size, base)
     if indices is None:
         indices = _to_indices(offsets, window, size)
-    return unpool(values, indices, window, size)
+    u = unpool(values, indices, window, size)
+    return u if base is None else u.add_(base)
 
 
 def _gather(u: Tensor, offsets: Tensor, window: list[int], indices: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Triton kernels for CUDA: one pass over memory each, equal to the bit to torch's pooling and unpooling.
 
-They were checked by Triton's interpreter alone, not on a GPU yet: the environment variable `POOLSKIP_TRITON=1` turns
-them on.
+They were checked by Triton's interpreter and compiled, but not run on a GPU yet: the environment variable
+`POOLSKIP_TRITON=1` turns them on.
 """
 
 import functools
@@ -26,12 +26,14 @@ def applies(x: Tensor, window: list[int]) -> bool:
         window: window size along each spatial axis.
 
     Returns:
-        True for a 2-D map of float32, float16 or bfloat16 on a CUDA device, contiguous or channels_last.
+        True for a 2-D map of float32, float16 or bfloat16 on a CUDA device, contiguous or channels_last, and windows of
+        at most 64 cells (the kernels take them one by one, without a loop).
     """
     return (
         x.device.type == "cuda"
         and type(x) in (Tensor, torch.nn.Parameter)  # subclasses may hold no memory, or several
         and len(window) == 2
+        and window[0] * window[1] <= 64
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
         and x.numel() > 0

@@ -1,6 +1,7 @@
 """The kernels. A program works on a block of windows in the order of memory; imported only where Triton runs.
 
-Choice as torch's own pooling: the first maximum, and of several NaN the last.
+Choice as torch's own pooling: the first maximum, and of several NaN the last. Divisions are done once for a run of
+windows and in 32 bits where the map allows; maps of the default layout are written a window's row at a time.
 """
 
 from typing import Any
@@ -12,27 +13,30 @@ from torch import Tensor
 
 __all__ = ["gather", "maxima", "pool", "scatter"]
 
-_BLOCK = 256  # windows per program
+_BLOCK = 512  # windows per program
 
 
-def pool(x: Tensor, window: list[int], offset_type: torch.dtype) -> tuple[Tensor, Tensor]:
+def pool(x: Tensor, window: list[int], offset_type: torch.dtype, fill: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Max pooling in ceil mode.
 
     Args:
         x: a map, contiguous or channels_last.
         window: height and width of a window.
         offset_type: integer type of the offsets.
+        fill: whether to make the sparse map in the same pass.
 
     Shape:
-        (N, C, H, W) to twice (N, C, ceil(H / e), ceil(W / e)).
+        (N, C, H, W) to twice (N, C, ceil(H / e), ceil(W / e)) and (N, C, H, W).
 
     Returns:
-        Window maxima, and the distance of each one's flat index from that of its window's first cell.
+        Window maxima; the distance of each one's flat index from that of its window's first cell; and the window maxima
+        at their places, zero elsewhere, or None.
     """
     values = _empty_like(x, _pooled(x, window))
     offsets = torch.empty_like(values, dtype=offset_type)
-    _launch(_pool_kernel, x, window, values, offsets)
-    return values, offsets
+    u = torch.empty_like(x) if fill else None
+    _launch(_pool_kernel, x, window, values, offsets, u)
+    return values, offsets, u
 
 
 def maxima(x: Tensor, window: list[int]) -> Tensor:
@@ -49,18 +53,19 @@ def maxima(x: Tensor, window: list[int]) -> Tensor:
         The sparse map.
     """
     u = torch.empty_like(x)
-    _launch(_maxima_kernel, x, window, u)
+    _launch(_pool_kernel, x, window, None, None, u)
     return u
 
 
-def scatter(values: Tensor, offsets: Tensor, window: list[int], size: torch.Size) -> Tensor:
-    """Put values at their offsets, zero elsewhere.
+def scatter(values: Tensor, offsets: Tensor, window: list[int], size: torch.Size, base: Tensor | None = None) -> Tensor:
+    """Put values at their offsets, zero elsewhere, and add a map: in the same pass if it has the result's layout.
 
     Args:
         values: one per window, in the layout of the offsets.
         offsets: as `pool` returns them.
         window: height and width of a window.
         size: height and width of the map.
+        base: the map to add, (N, C, H, W) in the type of the values, or None.
 
     Shape:
         (N, C, ceil(H / e), ceil(W / e)) to (N, C, H, W).
@@ -69,8 +74,9 @@ def scatter(values: Tensor, offsets: Tensor, window: list[int], size: torch.Size
         The map.
     """
     u = _empty_like(values, list(size))
-    _launch(_scatter_kernel, u, window, values, offsets)
-    return u
+    fused = base is not None and base.dtype == u.dtype and base.stride() == u.stride()
+    _launch(_scatter_kernel, u, window, values, offsets, base if fused else None)
+    return u if base is None or fused else u.add_(base)
 
 
 def gather(u: Tensor, offsets: Tensor, window: list[int]) -> Tensor:
@@ -101,51 +107,109 @@ def _empty_like(x: Tensor, size: list[int]) -> Tensor:
     return torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-def _launch(kernel: Any, full: Tensor, window: list[int], *others: Tensor) -> None:
+def _launch(kernel: Any, full: Tensor, window: list[int], *others: Tensor | None) -> None:
     count, channels, height, width = full.shape
     rows, columns = _pooled(full, window)
-    total = count * channels * rows * columns
-    sizes = (total, channels, height, width, rows, columns, *full.stride())
+    lacks = rows * window[0] - height, columns * window[1] - width  # cells that the last windows have too few
+    last = not full.is_contiguous()
+    # A run is what lies side by side in memory: the channels of a window, or the windows of a row.
+    outer, run = (count * rows * columns, channels) if last else (count * channels * rows, columns)
+    block = min(triton.next_power_of_2(run), _BLOCK)
     with torch.cuda.device_of(full):
-        kernel[(triton.cdiv(total, _BLOCK),)](
-            *(full, *others, *sizes),
+        kernel[(triton.cdiv(outer, _BLOCK // block), triton.cdiv(run, block))](
+            *(full, *others, outer, rows, columns, *lacks, channels if last else 1),
             EH=window[0],
             EW=window[1],
-            LAST=not full.is_contiguous(),
-            BLOCK=_BLOCK,
+            LAST=last,
+            WIDE=full.numel() > 2**30,
+            EVEN=lacks == (0, 0),
+            OUTER=_BLOCK // block,
+            RUN=block,
+            TILE=1 if last else triton.next_power_of_2(window[1]),
         )
 
 
 @triton.jit
-def _place(
-    total, C, rows, columns, sn, sc, sh, sw, EH: tl.constexpr, EW: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr
+def _windows(
+    outer,
+    rows,
+    columns,
+    H,
+    W,
+    step,
+    EH: tl.constexpr,
+    EW: tl.constexpr,
+    LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    OUTER: tl.constexpr,
+    RUN: tl.constexpr,
 ):
-    """Number of each window in memory, whether there is one, its first row and column, and that cell's address."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """Number of each window in memory, whether there is one, its first row and column, and that cell's place."""
+    o = tl.program_id(0)
+    if WIDE:
+        o = o.to(tl.int64)
+    o = (o * OUTER + tl.arange(0, OUTER))[:, None]
+    j = (tl.program_id(1) * RUN + tl.arange(0, RUN))[None, :]
     if LAST:
-        c, rest = i % C, i // C
-        column, rest = rest % columns, rest // columns
-        row, n = rest % rows, rest // rows
+        y, x = o // columns % rows * EH, o % columns * EW
+        first = ((o // columns // rows * H + y) * W + x) * step + j
+        i, live = o * step + j, (o < outer) & (j < step)
     else:
-        column, rest = i % columns, i // columns
-        row, rest = rest % rows, rest // rows
-        c, n = rest % C, rest // C
-    y, x = row * EH, column * EW
-    return i, i < total, y, x, n * sn + c * sc + y * sh + x * sw
+        y, x = o % rows * EH, j * EW
+        first = (o // rows * H + y) * W + x
+        i, live = o * columns + j, (o < outer) & (j < columns)
+    return i, live, y, x, first
 
 
 @triton.jit
-def _choose(full, first, live, y, x, H, W, sh, sw, EH: tl.constexpr, EW: tl.constexpr):
+def _choose(full, first, live, y, x, H, W, step, EH: tl.constexpr, EW: tl.constexpr, EVEN: tl.constexpr):
     """Maximum of each window and its cell, counted row by row within the window."""
     best = tl.load(full + first, mask=live, other=0).to(tl.float32)  # exact, and bfloat16 cannot be compared everywhere
     cell = tl.zeros(best.shape, tl.int32)
     for k in tl.static_range(1, EH * EW):
-        inside = live & (y + k // EW < H) & (x + k % EW < W)
-        value = tl.load(full + first + (k // EW) * sh + (k % EW) * sw, mask=inside, other=0).to(tl.float32)
-        larger = inside & ((value > best) | (value != value))
+        inside = live if EVEN else live & (y + k // EW < H) & (x + k % EW < W)
+        place = full + first + (k // EW * W + k % EW) * step
+        value = tl.load(place, mask=inside, other=float("-inf")).to(tl.float32)
+        larger = (value > best) | (value != value)
         best = tl.where(larger, value, best)
         cell = tl.where(larger, k, cell)
     return best.to(full.dtype.element_ty), cell
+
+
+@triton.jit
+def _fill(
+    u,
+    base,
+    first,
+    live,
+    y,
+    x,
+    H,
+    W,
+    step,
+    value,
+    chosen,
+    pitch,
+    EH: tl.constexpr,
+    EW: tl.constexpr,
+    EVEN: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Write windows: the value at the cell whose row times `pitch` plus column is the chosen number, else zero."""
+    first, live, y, x = first[:, :, None], live[:, :, None], y[:, :, None], x[:, :, None]
+    value, chosen = value[:, :, None], chosen[:, :, None]
+    for row in tl.static_range(EH):
+        for left in tl.static_range(0, EW, TILE):
+            column = left + tl.arange(0, TILE)[None, None, :]
+            inside = live if EVEN else live & (y + row < H) & (x + column < W)
+            if EW % TILE > 0:
+                inside &= column < EW
+            place = first + (row * W + column) * step
+            kept = tl.where(chosen == row * pitch + column, value, tl.zeros_like(value))
+            if base is not None:
+                added = kept.to(tl.float32) + tl.load(base + place, mask=inside, other=0).to(tl.float32)
+                kept = added.to(kept.dtype)
+            tl.store(u + place, kept, mask=inside)
 
 
 @triton.jit
@@ -153,81 +217,58 @@ def _pool_kernel(
     full,
     values,
     offsets,
-    total,
-    C,
-    H,
-    W,
-    rows,
-    columns,
-    sn,
-    sc,
-    sh,
-    sw,
-    EH: tl.constexpr,
-    EW: tl.constexpr,
-    LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    i, live, y, x, first = _place(total, C, rows, columns, sn, sc, sh, sw, EH, EW, LAST, BLOCK)
-    best, cell = _choose(full, first, live, y, x, H, W, sh, sw, EH, EW)
-    tl.store(values + i, best, mask=live)
-    tl.store(offsets + i, ((cell // EW) * W + cell % EW).to(offsets.dtype.element_ty), mask=live)
-
-
-@triton.jit
-def _maxima_kernel(
-    full,
     u,
-    total,
-    C,
-    H,
-    W,
+    outer,
     rows,
     columns,
-    sn,
-    sc,
-    sh,
-    sw,
+    lack_h,
+    lack_w,
+    step,
     EH: tl.constexpr,
     EW: tl.constexpr,
     LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    EVEN: tl.constexpr,
+    OUTER: tl.constexpr,
+    RUN: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    _, live, y, x, first = _place(total, C, rows, columns, sn, sc, sh, sw, EH, EW, LAST, BLOCK)
-    best, cell = _choose(full, first, live, y, x, H, W, sh, sw, EH, EW)
-    for k in tl.static_range(EH * EW):
-        inside = live & (y + k // EW < H) & (x + k % EW < W)
-        kept = tl.where(cell == k, best, tl.zeros_like(best))
-        tl.store(u + first + (k // EW) * sh + (k % EW) * sw, kept, mask=inside)
+    H, W = rows * EH - lack_h, columns * EW - lack_w  # so that the compiler sees which rows are aligned
+    i, live, y, x, first = _windows(outer, rows, columns, H, W, step, EH, EW, LAST, WIDE, OUTER, RUN)
+    best, cell = _choose(full, first, live, y, x, H, W, step, EH, EW, EVEN)
+    if values is not None:
+        tl.store(values + i, best, mask=live)
+        tl.store(offsets + i, (cell // EW * W + cell % EW).to(offsets.dtype.element_ty), mask=live)
+    if u is not None:
+        _fill(u, None, first, live, y, x, H, W, step, best, cell, EW, EH, EW, EVEN, TILE)
 
 
 @triton.jit
 def _scatter_kernel(
-    full,
+    u,
     values,
     offsets,
-    total,
-    C,
-    H,
-    W,
+    base,
+    outer,
     rows,
     columns,
-    sn,
-    sc,
-    sh,
-    sw,
+    lack_h,
+    lack_w,
+    step,
     EH: tl.constexpr,
     EW: tl.constexpr,
     LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    EVEN: tl.constexpr,
+    OUTER: tl.constexpr,
+    RUN: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    i, live, y, x, first = _place(total, C, rows, columns, sn, sc, sh, sw, EH, EW, LAST, BLOCK)
+    H, W = rows * EH - lack_h, columns * EW - lack_w  # so that the compiler sees which rows are aligned
+    i, live, y, x, first = _windows(outer, rows, columns, H, W, step, EH, EW, LAST, WIDE, OUTER, RUN)
     value = tl.load(values + i, mask=live, other=0)
     offset = tl.load(offsets + i, mask=live, other=0).to(tl.int32)
-    for k in tl.static_range(EH * EW):
-        inside = live & (y + k // EW < H) & (x + k % EW < W)
-        kept = tl.where(offset == (k // EW) * W + k % EW, value, tl.zeros_like(value))
-        tl.store(full + first + (k // EW) * sh + (k % EW) * sw, kept, mask=inside)
+    _fill(u, base, first, live, y, x, H, W, step, value, offset, W, EH, EW, EVEN, TILE)
 
 
 @triton.jit
@@ -235,21 +276,22 @@ def _gather_kernel(
     full,
     values,
     offsets,
-    total,
-    C,
-    H,
-    W,
+    outer,
     rows,
     columns,
-    sn,
-    sc,
-    sh,
-    sw,
+    lack_h,
+    lack_w,
+    step,
     EH: tl.constexpr,
     EW: tl.constexpr,
     LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    EVEN: tl.constexpr,
+    OUTER: tl.constexpr,
+    RUN: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    i, live, _, _, first = _place(total, C, rows, columns, sn, sc, sh, sw, EH, EW, LAST, BLOCK)
+    H, W = rows * EH - lack_h, columns * EW - lack_w  # so that the compiler sees which rows are aligned
+    i, live, _, _, first = _windows(outer, rows, columns, H, W, step, EH, EW, LAST, WIDE, OUTER, RUN)
     offset = tl.load(offsets + i, mask=live, other=0).to(tl.int32)
-    tl.store(values + i, tl.load(full + first + (offset // W) * sh + (offset % W) * sw, mask=live, other=0), mask=live)
+    tl.store(values + i, tl.load(full + first + offset * step, mask=live, other=0), mask=live)
