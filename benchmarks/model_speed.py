@@ -9,6 +9,7 @@ All take turns within one run; a ratio is that of medians. Prints a Markdown tab
 """
 
 import argparse
+import os
 import types
 
 import timm
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import poolskip_zoo  # noqa: F401  registers the models
 from poolskip_zoo.layers import pool_skip_modules
+from poolskip_zoo.layers.kernels import TRITON_VARIABLE
 
 FAMILIES = {
     "resnet18_poolskip": ("resnet18", "resnet34"),
@@ -82,6 +84,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ.setdefault(TRITON_VARIABLE, "1")
     begun = clock(device, args.threads)
     rows = [row for name in FAMILIES for row in rows_of(name, device, args)]
     head = ["model", "batch 1, ms", f"batch {args.batch}, ms", f"training step at {args.batch}, ms"]

@@ -3,7 +3,8 @@
     python benchmarks/operator_speed.py [--threads 1] [--rounds 15] > table.md
 
 The variants take turns within one run; a number is the ratio of their medians, so that a busy machine disturbs both.
-On a CPU with one thread, time is that of the thread alone. Prints Markdown tables.
+On a CPU with one thread, time is that of the thread alone; on a GPU the Triton kernels are on unless POOLSKIP_TRITON=0.
+Prints Markdown tables.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poolskip_zoo.layers import PoolSkip2d, max_pool_unpool2d
+from poolskip_zoo.layers.kernels import TRITON_VARIABLE
 
 # (batch, channels, height, width), e: maps of ResNets at 224 and 32 pixels
 SHAPES = [
@@ -84,8 +86,8 @@ def table(rows: list[list[str]]) -> str:
 
 
 def operator_rows(device: str, dtype: torch.dtype, rounds: int, threads: int) -> list[list[str]]:
-    """Window maxima without gradient: stock / ours, and ours over a copy."""
-    rows = [["map, e", "layout", "stock, ms", "ours, ms", "stock / ours", "ours / copy"]]
+    """Window maxima without gradient: stock / ours, and ours over a copy; then the backward alone: stock / ours."""
+    rows = [["map, e", "layout", "stock, ms", "ours, ms", "stock / ours", "ours / copy", "backward: stock / ours"]]
     for shape, e in SHAPES:
         for name, layout in LAYOUTS.items():
             x = torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=layout)
@@ -94,6 +96,13 @@ def operator_rows(device: str, dtype: torch.dtype, rounds: int, threads: int) ->
                 stock, ours, copy = medians(calls, rounds, device, threads)
             rows.append([f"{shape}, {e}", name, *(f"{1e3 * t:.2f}" for t in (stock, ours))])
             rows[-1] += [f"{stock / ours:.2f}", f"{ours / copy:.1f}"]
+            leaf, out = x.clone().requires_grad_(), torch.randn_like(x)
+            backward = [
+                lambda u=u: torch.autograd.grad(u, leaf, out, retain_graph=True)  # noqa: B023
+                for u in (stock_maxima(leaf, e), max_pool_unpool2d(leaf, e))
+            ]
+            stock, ours = medians(backward, rounds, device, threads)
+            rows[-1].append(f"{stock / ours:.2f}")
     return rows
 
 
@@ -167,6 +176,7 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ.setdefault(TRITON_VARIABLE, "1")
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {args.threads} thread(s)"
     dtypes = (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,)
     for dtype in dtypes if args.only != "memory" else ():
