@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_kernels_compile_for_a_gpu(dtype, layout, window, size, monkeypatch, tmp
     run = triton.runtime.JITFunction.run
     compile_only = lambda self, *args, warmup, **options: compiled.append(run(self, *args, warmup=True, **options))  # noqa: E731
     monkeypatch.setattr(triton.runtime.JITFunction, "run", compile_only)
-    monkeypatch.setattr(type(triton.runtime.driver), "active", _Driver())
+    monkeypatch.setattr(triton.runtime.jit, "driver", SimpleNamespace(active=_Driver()))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     x = torch.zeros(2, 64, *size, dtype=dtype).contiguous(memory_format=layout)
     fused = kernels.load()
