@@ -1,4 +1,4 @@
-"""The Triton kernels: interpreted on a CPU, compiled where there is a GPU."""
+"""The Triton kernels: interpreted on a CPU, compiled for a GPU, and run where there is one."""
 
 import os
 import subprocess
