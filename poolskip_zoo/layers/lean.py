@@ -73,8 +73,9 @@ def window_maxima_for_training(x: Tensor, window: list[int]) -> Tensor:
     Returns:
         Equal to the bit to torch's pair, in the memory format of `x`.
     """
-    values, offsets, indices, u, _ = _Pool.apply(x, window, [], True)
-    return _Scatter.apply(values, offsets, window, x.shape[2:], indices, u)
+    shared: list[Tensor | None] = []
+    values, offsets, indices, u, _ = _Pool.apply(x, window, shared, True)
+    return _Scatter.apply(values, offsets, window, x.shape[2:], indices, u, shared)
 
 
 def add_conv_of_window_maxima(x: Tensor, window: list[int], conv: nn.Module) -> Tensor:
@@ -91,7 +92,7 @@ def add_conv_of_window_maxima(x: Tensor, window: list[int], conv: nn.Module) -> 
     Returns:
         Equal to the bit to the stock composition, which promotes types where autocast made the convolution's another.
     """
-    shared: list[Tensor] = []
+    shared: list[Tensor | None] = []
     weight, bias, device, dtype = conv.weight, conv.bias, x.device.type, x.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -106,12 +107,12 @@ class _Pool(Function):
     """x → (window maxima, offsets, indices or None, their map or None, x); indices and map are for the forward alone.
 
     x passes through so that its own gradient is added to in place here, not by autograd into one tensor more.
-    `shared` is empty, or holds what the backward of `_Conv` has made and no longer needs: the indices and a map that is
-    zero elsewhere. `fill` asks for the map where it costs no pass of its own.
+    `shared` is empty, or holds what the backward of `_Conv` or `_Scatter` has made and no longer needs: the indices,
+    and a map that is zero elsewhere or None. `fill` asks for the map where it costs no pass of its own.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, window: list[int], shared: list[Tensor], fill: bool) -> tuple[Any, ...]:
+    def forward(ctx: Any, x: Tensor, window: list[int], shared: list[Tensor | None], fill: bool) -> tuple[Any, ...]:
         offset_type = _offset_type(window, x.shape[2:])
         indices, u = None, None
         if kernels.applies(x, window):
@@ -156,15 +157,20 @@ class _Scatter(Function):
         size: torch.Size,
         indices: Tensor | None = None,
         u: Tensor | None = None,
+        shared: list[Tensor | None] | None = None,
     ) -> Tensor:
         ctx.save_for_backward(offsets)
-        ctx.window = window
+        ctx.window, ctx.shared = window, shared
         return _scatter(values, offsets, window, size, indices) if u is None else u
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (offsets,) = ctx.saved_tensors
-        return _Gather.apply(grads[0], offsets, ctx.window), *[None] * 5
+        indices = None
+        if ctx.shared is not None and not torch.is_grad_enabled() and not kernels.applies(grads[0], ctx.window):
+            indices = _to_indices(offsets, ctx.window, grads[0].shape[2:])
+            ctx.shared[:] = indices, None
+        return _Gather.apply(grads[0], offsets, ctx.window, indices), *[None] * 6
 
 
 class _Gather(Function):
@@ -197,7 +203,7 @@ class _Conv(Function):
         settings: tuple[Any, ...],
         indices: Tensor | None,
         u: Tensor | None,
-        shared: list[Tensor],
+        shared: list[Tensor | None],
     ) -> Tensor:
         ctx.save_for_backward(values, offsets, weight)
         ctx.window, ctx.size, ctx.settings, ctx.shared = window, size, settings, shared
