@@ -18,7 +18,7 @@ from poolskip_zoo.layers import PoolSkip2d, pool_skip_modules
 from poolskip_zoo.registry.catalogue import registered_models
 from poolskip_zoo.study import nets
 from poolskip_zoo.study.layers import ControlSkip2d, RandomSkip2d
-from poolskip_zoo.study.results import ARMS, Run, chosen, decays, reported, summary, verdict, welch
+from poolskip_zoo.study.results import ARMS, Run, arm_of, chosen, decays, reported, summary, verdict, welch
 from poolskip_zoo.training import load_list, train
 from poolskip_zoo.training.build import make_model
 
@@ -137,6 +137,21 @@ def test_the_list_is_that_of_the_protocol(tmp_path: Path) -> None:
     parameters = {each.model: sum(p.numel() for p in make_model(each).parameters()) for each in recipes}
     assert parameters["resnet20_cifar_control"] == parameters["resnet20_cifar_random"] == 560_698
     assert parameters["resnet38_cifar"] == 561_370
+
+
+def test_the_longer_list_takes_the_settings_that_the_study_chose(tmp_path: Path) -> None:
+    longer, short = load_list("study_longer", tmp_path), {each.recipe: each for each in recorded()}
+    assert len(longer) == 5 * 5
+    assert {each.seed for each in longer}.isdisjoint(run.seed for run in short.values())
+    for arm in "ABCF":
+        settings = {(each.lr, each.weight_decay) for each in longer if arm_of(each.name)[1] == arm}
+        best = chosen(recorded(), "resnet20_cifar", arm)[0]
+        assert (best.lr, best.weight_decay) in settings
+        assert len(settings) == (2 if arm == "A" else 1)
+    first = load_list("study", tmp_path)[0]
+    changed = {"name", "model", "lr", "weight_decay", "seed", "train_images", "epochs"}
+    fields = {field.name for field in dataclasses.fields(first)} - changed
+    assert all(getattr(each, key) == getattr(first, key) for each in longer for key in fields)
 
 
 def test_a_grid_goes_on_with_the_best_point(tmp_path: Path) -> None:
