@@ -21,7 +21,7 @@ from torch import nn
 
 import poolskip_zoo  # noqa: F401
 from poolskip_zoo.export import to_onnx
-from poolskip_zoo.export.onnx_forms import _Writer
+from poolskip_zoo.export.onnx_forms import Writer
 from poolskip_zoo.layers import functional, max_pool_unpool2d
 
 FORMS = ("floor", "keys", "bare", "index")
@@ -57,13 +57,13 @@ def floor():
     """Write x in place of the sparse map, and check nothing."""
     module = sys.modules[to_onnx.__module__]
     verify = module.verify
-    kept = _Writer.place, module._flips, verify.check_blocks, verify.check_outputs, verify.judge
-    _Writer.place, module._flips = (lambda self, *_: self.op.Identity(self.x)), (lambda *_: 0.0)
+    kept = Writer.place, module._flips, verify.check_blocks, verify.check_outputs, verify.judge
+    Writer.place, module._flips = (lambda self, *_: self.op.Identity(self.x)), (lambda *_: 0.0)
     verify.check_blocks, verify.check_outputs, verify.judge = (lambda *_: 0), (lambda *_: {}), (lambda *_: None)
     try:
         yield
     finally:
-        _Writer.place, module._flips, verify.check_blocks, verify.check_outputs, verify.judge = kept
+        Writer.place, module._flips, verify.check_blocks, verify.check_outputs, verify.judge = kept
 
 
 def write(model, shape, folder, dynamic, runtime):

@@ -24,7 +24,7 @@ from poolskip_zoo.export import to_onnx, verify
 from poolskip_zoo.export.converted import lower_for
 from poolskip_zoo.export.inputs import unguarded
 from poolskip_zoo.export.lower import capture, lower_program
-from poolskip_zoo.export.onnx_forms import _Writer
+from poolskip_zoo.export.onnx_forms import Writer
 
 LOWERINGS = {
     "onnxruntime": ("keys", "arith", "native", "scatter"),
@@ -62,14 +62,14 @@ def converted(model, args, runtime, folder, names):
 def of_onnx(model, args, folder, names, load):
     """Programs of runtimes that are given ONNX files."""
     programs = {}
-    original, check = _Writer.place, (verify.check_blocks, verify.judge)
+    original, check = Writer.place, (verify.check_blocks, verify.judge)
     for name in ("floor", *names):
         path = folder / f"{name}.onnx"
         if name == "floor":
-            _Writer.place = lambda self, *_: self.op.Identity(self.x)
+            Writer.place = lambda self, *_: self.op.Identity(self.x)
             verify.check_blocks, verify.judge = (lambda *_: 0), (lambda *_: None)
         to_onnx(model, args, path, dynamic=(), lowering="keys" if name == "floor" else name)
-        _Writer.place, (verify.check_blocks, verify.judge) = original, check
+        Writer.place, (verify.check_blocks, verify.judge) = original, check
         programs[name] = load(path)
     return programs
 

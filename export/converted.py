@@ -1,7 +1,6 @@
 """What the formats share that have a converter of their own: the lowered module, the checks, and the files."""
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
 
+from ..contexts import kept
 from . import forms, verify
 from .inputs import bounded, capture_bounded, check_arguments, unguarded
 from .lower import as_args, blocks_of, lower_unpooling, unpoolings
 from .targets import check_drop_in, check_target
-from .to_onnx import _block
 
 __all__ = ["Lowered", "check_fixed", "check_forms", "lower_for", "write_converted"]
 
@@ -103,7 +102,7 @@ def lower_for(
         # A captured module refuses eval(), and converters warn of training.
         each.training = False
     assert isinstance(module, GraphModule)
-    blocks = [_block(each, False) for each in blocks_of(module)]
+    blocks = [each.to_dict() for each in blocks_of(module)]
     return Lowered(module, inputs, tuple(dynamic), blocks, unpooled_shapes(program))
 
 
@@ -155,17 +154,10 @@ def write_converted(
         ValueError: if an option is unknown or an unpooling cannot be lowered.
         RuntimeError: if a check fails; then there is no file.
     """
-    from poolskip_zoo import __version__
-
     lowered = lower_for(model, example, target, lowering, dynamic)
-    used = sorted({block["lowering"] for block in lowered.blocks})
-    report: dict[str, Any] = {"file": path.name, "package_version": __version__, "target": target, "lowering": used}
-    report.update(dynamic=list(dynamic))
-    report.update({**(metadata or {}), "checked_in": f"{target} CPU", "blocks": lowered.blocks})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the finished file can be renamed into place.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        made = Path(folder, path.name)
+    facts = verify.described(target, lowered.blocks, dynamic=list(dynamic), **(metadata or {}))
+    report = {"file": path.name, **facts, "checked_in": f"{target} CPU", "blocks": lowered.blocks}
+    with kept(path) as made:
         run = make(lowered, made)
 
         def build(side: nn.Module, inputs: tuple[Tensor, ...], form: str) -> verify.Run:
@@ -178,7 +170,6 @@ def write_converted(
         report["outputs"] = outputs
         verify.judge(outputs, path)
         verify.write_report(path, report)
-        made.replace(path)
     return report
 
 
@@ -257,7 +248,7 @@ def _cases(block: dict[str, Any], shape: list[int]) -> list[tuple[str, Tensor, T
     """Name, map and expected output of each comparison."""
     return [
         (case, x, _unpooled(x, list(block["window"]), block["ceil_mode"], block["own"]))
-        for case, (*_, x), _ in verify._mask_cases(block, list(shape), list(shape), list(shape))
+        for case, (*_, x), _ in verify.mask_cases(block, list(shape))
     ]
 
 
@@ -284,9 +275,9 @@ def _side_by_side(blocks: list[dict[str, Any]]) -> nn.Module:
 
 
 def _unpooled(x: Tensor, window: list[int], ceil_mode: bool, own: bool) -> Tensor:
-    pooled, indices = verify._pool(x, window, ceil_mode)
+    pooled, indices = verify.pool_with_indices(x, window, ceil_mode)
     # Other values, of sizes that follow from the map's.
-    return verify._unpool(pooled if own else -pooled, indices, list(x.shape[2:]))
+    return verify.unpool(pooled if own else -pooled, indices, list(x.shape[2:]))
 
 
 def _flips(lowered: Lowered, make: Make, path: Path) -> dict[str, float]:

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..layers.functional import _window_keys, first_maximum_mask, pool, upsample
+from ..layers.functional import first_maximum_mask, pool, upsample, window_keys
 
 __all__ = ["arith", "keys", "scatter"]
 
@@ -59,7 +59,7 @@ def arith(values: Tensor, x: Tensor, window: list[int], ceil_mode: bool, own: bo
     step = unit_step(x.dtype)
     for _ in range(2):
         below = (below * step).clamp(max=1.0)
-    ranks = (1 - below) * _window_keys(x, window)
+    ranks = (1 - below) * window_keys(x, window)
     first = upsample((pool(ranks, window, ceil_mode) - 1).relu(), window, size, fill=float(math.prod(window)))
     mask = (ranks - first).relu().to(values.dtype)
     return (x if own else upsample(values, window, size)) * mask

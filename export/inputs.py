@@ -14,6 +14,7 @@ from .targets import check_mode
 from .verify import first_line, relative_error
 
 __all__ = [
+    "OPEN_SIZES",
     "axes_of",
     "bounded",
     "capture_bounded",
@@ -35,7 +36,7 @@ _AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")
 # Sizes to capture open axes with, then a larger and a smaller one to check at: a map of 1 is frozen, so what is
 # captured must leave more after five halvings and a 4×4 window. Odd sizes first; models that need multiples of 32 take
 # the second. Volumes take a quarter.
-_OPEN_SIZES = (((193, 161), (257, 289), (47, 33)), ((192, 160), (256, 288), (64, 96)))
+OPEN_SIZES = (((193, 161), (257, 289), (47, 33)), ((192, 160), (256, 288), (64, 96)))
 
 
 def axes_of(value: Tensor) -> dict[int, str]:
@@ -171,7 +172,7 @@ def open_inputs(args: tuple[Any, ...], dynamic: Sequence[str]) -> Iterator[list[
     """
     batches = (2, 1, 3) if "batch" in dynamic else (0, 0, 0)
     if any(name != "batch" for name in dynamic):
-        for sizes in _OPEN_SIZES:
+        for sizes in OPEN_SIZES:
             yield [*(_resized(args, dynamic, *each) for each in zip(batches, sizes, strict=True)), args]
     elif dynamic:
         yield [*(_resized(args, dynamic, batch, None) for batch in batches), args]

@@ -1,5 +1,6 @@
 """The graph pass: max-unpooling without index tensors, for any model that torch.export captures."""
 
+import dataclasses
 import logging
 import math
 import operator
@@ -37,8 +38,8 @@ _THROUGH = {
     _aten.unsqueeze.default,
 }
 _LAYERS = str(Path(functional.__file__).parent)
-# Keys are exact in every floating-point type up to here: bfloat16 has 8 significant bits.
-_MOST_CELLS = 256
+# Up to here a position in the window survives 8 bits.
+MOST_CELLS = 256
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,18 @@ class Block:
     ceil_mode: bool
     own: bool
     reason: str | None = None
+
+    def to_dict(self, half: bool = False) -> dict[str, Any]:
+        """Plain data for a report.
+
+        Args:
+            half: whether the file computes in float16.
+
+        Returns:
+            The attributes, JSON-ready; a window has two sizes at least, for F.max_unpool1d works on (N, C, L, 1).
+        """
+        window = [*self.window, 1] if len(self.window) == 1 else list(self.window)
+        return {**dataclasses.asdict(self), "window": window, "half": half}
 
 
 def lower_unpooling(
@@ -273,19 +286,10 @@ def _made(node: Any) -> Any:
     return f"{pooling.target} {pooling.args} {pooling.kwargs} {number}"
 
 
-class _Pair:
-    """An unpooling and the pooling that made its indices, if one did."""
+class _Pooling:
+    """The arguments of a pooling."""
 
-    def __init__(self, unpooling: Any) -> None:
-        self.unpooling = unpooling
-        self.dims = _UNPOOLS[unpooling.target]
-        self.place = f"node {unpooling.name!r} ({_source(unpooling)})"
-        self.indices = _root(unpooling.args[1])
-        self.pooling = self.indices.args[0] if _from_pool(self.indices) else None
-        if self.pooling is not None:
-            self._read(self.pooling)
-
-    def _read(self, pooling: Any) -> None:
+    def __init__(self, pooling: Any) -> None:
         _, kernel, stride, padding, dilation, ceil_mode = (*pooling.args, *[None] * 5)[:6]
         given = {"stride": stride, "padding": padding, "dilation": dilation, "ceil_mode": ceil_mode}
         given.update(pooling.kwargs)
@@ -297,6 +301,29 @@ class _Pair:
         self.ceil_mode = bool(given["ceil_mode"])
         self.x = pooling.args[0]
         self.batched = _value(self.x).dim() == axes + 2
+
+    def misfit(self) -> str | None:
+        """Why it is more than disjoint windows, or None."""
+        if self.stride != self.window:
+            return f"stride {self.stride} differs from the window {self.window}"
+        if any(self.padding):
+            return f"padding {self.padding}"
+        if any(each != 1 for each in self.dilation):
+            return f"dilation {self.dilation}"
+        return None
+
+
+class _Pair(_Pooling):
+    """An unpooling and the pooling that made its indices, if one did."""
+
+    def __init__(self, unpooling: Any) -> None:
+        self.unpooling = unpooling
+        self.dims = _UNPOOLS[unpooling.target]
+        self.place = f"node {unpooling.name!r} ({_source(unpooling)})"
+        self.indices = _root(unpooling.args[1])
+        self.pooling = self.indices.args[0] if _from_pool(self.indices) else None
+        if self.pooling is not None:
+            super().__init__(self.pooling)
 
     def check_indices(self) -> None:
         """Refuse indices that are made elsewhere, leave the model or are computed with."""
@@ -317,14 +344,11 @@ class _Pair:
 
     def misfit(self) -> str | None:
         """Why only an index tensor describes the pair, or None."""
-        if self.stride != self.window:
-            return f"stride {self.stride} differs from the window {self.window}"
-        if any(self.padding):
-            return f"padding {self.padding}"
-        if any(each != 1 for each in self.dilation):
-            return f"dilation {self.dilation}"
-        if math.prod(self.window) > _MOST_CELLS:
-            return f"a window of {math.prod(self.window)} cells has more than {_MOST_CELLS}"
+        if reason := super().misfit():
+            return reason
+        most = min(MOST_CELLS, functional.largest_exact_key(_value(self.x).dtype))
+        if math.prod(self.window) > most:
+            return f"a window of {math.prod(self.window)} cells has more than {most}"
         size = [_value(each) for each in self.unpooling.args[2]]
         full = list(_value(self.x).shape)[2 if self.batched else 1 :] + [1] * (self.dims - len(self.window))
         if not all(_same(a, b) for a, b in zip(size, full, strict=True)):
@@ -374,16 +398,14 @@ def _lifted(graph: Graph, pooling: Any, x: Any) -> Node:
 
 def _drop_unused_indices(graph: Graph, pooling: Any) -> None:
     """Pool without indices where nothing uses them any more."""
-    pair = _Pair.__new__(_Pair)
-    pair._read(pooling)
-    plain = pair.stride == pair.window and not any(pair.padding) and all(each == 1 for each in pair.dilation)
-    if not plain or any(user.args[1] != 0 for user in pooling.users):
+    read = _Pooling(pooling)
+    if read.misfit() or any(user.args[1] != 0 for user in pooling.users):
         return
-    window, one = pair.window, len(pair.window) == 1
+    window, one = read.window, len(read.window) == 1
     with graph.inserting_before(pooling):
         # torch.export freezes the length in max_pool1d.
-        x = _lifted(graph, pooling, pair.x) if one else pair.x
-        pooled = graph.call_function(functional.pool, (x, [*window, 1] if one else window, pair.ceil_mode))
+        x = _lifted(graph, pooling, read.x) if one else read.x
+        pooled = graph.call_function(functional.pool, (x, [*window, 1] if one else window, read.ceil_mode))
         if one:
             pooled = graph.call_function(_aten.squeeze.dim, (pooled, -1))
     for user in list(pooling.users):

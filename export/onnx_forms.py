@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import forms
 
-__all__ = ["OPERATORS", "Translation", "translations"]
+__all__ = ["OPERATORS", "Translation", "Writer", "constant", "translations"]
 
 
 _SCHEMA = "(Tensor values, Tensor x, int[] window, bool ceil_mode, bool own) -> Tensor"
@@ -93,14 +94,14 @@ def translations(made: list[Translation]) -> dict[Callable[..., Any], Callable[.
 
     def recorded(mask: Callable[..., Any]) -> Callable[..., Any]:
         def translate(values, x, window, ceil_mode, own):
-            output = _Writer(x, window, ceil_mode).place(values, own, mask)
+            output = Writer(x, window, ceil_mode).place(values, own, mask)
             made.append(Translation([_kept(each) for each in ([x] if own else [values, x])], output))
             return output
 
         return translate
 
     def native(values, x, window, ceil_mode, own):
-        output = _Writer(x, window, ceil_mode).native(values, own)
+        output = Writer(x, window, ceil_mode).native(values, own)
         made.append(Translation([_kept(each) for each in ([x] if own else [values, x])], output))
         return output
 
@@ -111,8 +112,8 @@ def translations(made: list[Translation]) -> dict[Callable[..., Any], Callable[.
         return output
 
     return {
-        OPERATORS["keys"]: recorded(_Writer.keys_mask),
-        OPERATORS["arith"]: recorded(_Writer.arith_mask),
+        OPERATORS["keys"]: recorded(Writer.keys_mask),
+        OPERATORS["arith"]: recorded(Writer.arith_mask),
         OPERATORS["native"]: native,
         OPERATORS["scatter"]: scatter,
     }
@@ -125,18 +126,32 @@ def _kept(value: Any) -> Any:
     return value
 
 
+def constant(op: Any, value: Any, dtype: Any = np.int64) -> Any:
+    """Write a constant.
+
+    Args:
+        op: makes nodes.
+        value: what NumPy takes for an array.
+        dtype: its type.
+
+    Returns:
+        The ONNX value.
+    """
+    from onnx import numpy_helper
+
+    return op.Constant(value=numpy_helper.from_array(np.asarray(value, dtype)))
+
+
 def _opset() -> Any:
     from onnxscript import opset18
 
     return opset18
 
 
-class _Writer:
+class Writer:
     """Writes nodes for one pooled map `x` (N, C, *spatial)."""
 
     def __init__(self, x: Any, window: list[int], ceil_mode: bool) -> None:
-        import numpy as np
-
         self.op, self.x, self.window, self.ceil_mode = _opset(), x, list(window), ceil_mode
         self.rank = len(self.window)
         sizes = list(x.shape)[2:]
@@ -144,18 +159,13 @@ class _Writer:
         self.size = [int(size) for size in sizes] if all(isinstance(size, int) for size in sizes) else None
         self.divides = self.size is not None and all(s % e == 0 for s, e in zip(self.size, self.window, strict=True))
         self.dtype = x.dtype.numpy()
-        self.np = np
 
     def number(self, value: Any) -> Any:
         """Constant of the type of `x`."""
-        from onnx import numpy_helper
-
-        return self.op.Constant(value=numpy_helper.from_array(self.np.asarray(value, self.dtype)))
+        return constant(self.op, value, self.dtype)
 
     def ints(self, values: list[int]) -> Any:
-        from onnx import numpy_helper
-
-        return self.op.Constant(value=numpy_helper.from_array(self.np.asarray(values, self.np.int64)))
+        return constant(self.op, values)
 
     def spatial(self, value: Any) -> Any:
         """Spatial sizes of `x` where they are fixed, else of a value at run time."""
@@ -177,13 +187,10 @@ class _Writer:
     def up(self, z: Any, fill: float) -> Any:
         """Repeat each element over its window; `fill` where floor mode pools nothing."""
         z = self.extended(z, fill)
-        scales = self.np.asarray([1, 1, *self.window], self.np.float32)
-        from onnx import numpy_helper
-
         z = self.op.Resize(
             z,
             None,
-            self.op.Constant(value=numpy_helper.from_array(scales)),
+            constant(self.op, [1, 1, *self.window], np.float32),
             mode="nearest",
             coordinate_transformation_mode="asymmetric",
             nearest_mode="floor",
@@ -199,11 +206,11 @@ class _Writer:
 
     def window_keys(self, pooled: Any) -> Any:
         """Keys e²…1 over each window, (1, 1, *spatial)."""
-        tile = self.np.arange(math.prod(self.window), 0, -1).reshape(1, 1, *self.window)
+        tile = np.arange(math.prod(self.window), 0, -1).reshape(1, 1, *self.window)
         if self.size is not None:
             repeats = [-(-s // e) for s, e in zip(self.size, self.window, strict=True)]
             whole: tuple[Any, ...] = (..., *(slice(size) for size in self.size))
-            keys = self.np.tile(tile, (1, 1, *repeats))[whole]
+            keys = np.tile(tile, (1, 1, *repeats))[whole]
             return self.number(keys)
         repeats = self.op.Shape(self.extended(pooled, 0.0), start=2)
         return self.cut(self.op.Tile(self.number(tile), self.op.Concat(self.ints([1, 1]), repeats, axis=0)))
@@ -218,7 +225,7 @@ class _Writer:
         """The same without comparisons; see `forms.arith`."""
         pooled = self.pool(self.x)
         info = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-        dtype = info[self.np.dtype(self.dtype).name]
+        dtype = info[np.dtype(self.dtype).name]
         below = self.op.Sub(self.up(pooled, torch.finfo(dtype).max), self.x)
         step, one = self.number(forms.unit_step(dtype)), self.number(1)
         for _ in range(2):
@@ -259,21 +266,14 @@ class _Writer:
 
 def _write_scatter(values: Any, indices: Any, size: list[Any]) -> Any:
     """ScatterElements on flattened planes."""
-    import numpy as np
-    from onnx import numpy_helper
-
     op = _opset()
     outer = len(values.shape) - len(size)
-
-    def ints(numbers: list[int]) -> Any:
-        return op.Constant(value=numpy_helper.from_array(np.asarray(numbers, np.int64)))
-
     planes = op.Shape(values, start=0, end=outer)
-    ends = [ints([each]) if isinstance(each, int) else op.Reshape(each, ints([1])) for each in size]
+    ends = [constant(op, [each]) if isinstance(each, int) else op.Reshape(each, constant(op, [1])) for each in size]
     spatial = op.Concat(*ends, axis=0)
     flat = op.Concat(planes, op.ReduceProd(spatial, keepdims=1), axis=0)
-    zero = op.Constant(value=numpy_helper.from_array(np.asarray(0, values.dtype.numpy())))
+    zero = constant(op, 0, values.dtype.numpy())
     # 0 keeps a size, -1 takes the rest.
-    row = ints([0] * outer + [-1])
+    row = constant(op, [0] * outer + [-1])
     placed = op.ScatterElements(op.Expand(zero, flat), op.Reshape(indices, row), op.Reshape(values, row), axis=outer)
     return op.Reshape(placed, op.Concat(planes, spatial, axis=0))

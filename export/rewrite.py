@@ -231,11 +231,7 @@ class _File:
 
     def describe(self, target: str, blocks: list[dict[str, Any]]) -> dict[str, Any]:
         """Facts for the report; those of the target go into the file, beside its own metadata."""
-        from poolskip_zoo import __version__
-
-        used = sorted({block["lowering"] for block in blocks})
-        lowering = used[0] if len(used) == 1 else used
-        facts = {"package_version": __version__, "target": target, "lowering": lowering}
+        facts = verify.described(target, blocks)
         entry = next((each for each in self.proto.metadata_props if each.key == KEY), None)
         entry = entry or self.proto.metadata_props.add()
         entry.key, entry.value = KEY, json.dumps({**json.loads(entry.value or "{}"), **facts})

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .inputs import _OPEN_SIZES
+from .inputs import OPEN_SIZES
 
 __all__ = ["check_size", "made_up", "open_axes"]
 
@@ -62,7 +62,7 @@ def made_up(inputs: Sequence[Any], size: Sequence[int] | None) -> Iterator[list[
     """
     several = size is None and any(open_axes(value) - {0} for value in inputs)
     batches = (2, 1, 3) if several or any(0 in open_axes(value) for value in inputs) else (1,)
-    for sizes in _OPEN_SIZES if several else ([size or ()] * 3,):
+    for sizes in OPEN_SIZES if several else ([size or ()] * 3,):
         yield [
             [_array(value, batch, each, 4 if several and _rank(value) == 5 else 1) for value in inputs]
             for batch, each in zip(batches, sizes, strict=False)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from onnxscript import ir
 
-from .lower import _MOST_CELLS
+from .lower import MOST_CELLS
 from .rewrite_cut import SIZES, Seen, cases, cut, inside, region
 
 __all__ = ["Unlike", "Unpooling", "find", "named"]
@@ -124,8 +124,8 @@ class Unpooling:
             return f"stride {stride} differs from the window {window}"
         if any(each != 1 for each in dilation):
             return f"dilation {dilation}"
-        if math.prod(window) > _MOST_CELLS:
-            return f"a window of {math.prod(window)} cells has more than {_MOST_CELLS}"
+        if math.prod(window) > MOST_CELLS:
+            return f"a window of {math.prod(window)} cells has more than {MOST_CELLS}"
         if seen[self.x.name].dtype.kind != "f":
             return f"values of type {seen[self.x.name].dtype}"
         if automatic == "SAME_LOWER" or (automatic == "SAME_UPPER" and self._padded_before(seen, open_sizes)):

@@ -1,14 +1,12 @@
 """Writes the form of a proved unpooling into an ONNX graph."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-from onnx import numpy_helper
 from onnxscript import ir
 
-from .onnx_forms import _Writer
+from .onnx_forms import Writer, constant
 from .rewrite_match import Unpooling
 
 __all__ = ["write"]
@@ -31,11 +29,11 @@ class _Tape:
 
     def _add(self, operator: str, *inputs: Any, **attributes: Any) -> Any:
         if operator == "Shape" and attributes and self.opset < 15:
-            start, end = (self.ints([number]) for number in (attributes["start"], attributes.get("end", 99)))
+            start, end = (constant(self, [number]) for number in (attributes["start"], attributes.get("end", 99)))
             return self._add("Slice", self._add("Shape", *inputs), start, end)
         if operator == "Resize" and self.opset < 13:
             # The region, which nearest sampling does not read, may be left out since 13.
-            empty = self._add("Constant", value=numpy_helper.from_array(np.zeros(0, np.float32)))
+            empty = constant(self, [], np.float32)
             inputs = (inputs[0], empty, *inputs[2:])
         number, outputs = len(self.nodes) + len(self.constants), 2 if operator == "MaxPool" else 1
         name = f"{self.prefix}_{number}"
@@ -58,11 +56,8 @@ class _Tape:
             value.name = f"{node.name}_{i}"
         return node.outputs if outputs > 1 else node.outputs[0]
 
-    def ints(self, numbers: Sequence[int]) -> Any:
-        return self._add("Constant", value=numpy_helper.from_array(np.asarray(numbers, np.int64)))
 
-
-class _FileWriter(_Writer):
+class _FileWriter(Writer):
     """The same forms in an existing graph, where the map is already pooled."""
 
     def __init__(self, tape: _Tape, unpooling: Unpooling, x: Any, ceil_mode: bool) -> None:
@@ -124,7 +119,7 @@ def _form(
         writer = _FileWriter(tape, unpooling, x, ceil_mode)
         if lowering == "native":
             return writer.native(values, unpooling.own)
-        return writer.place(values, unpooling.own, _Writer.keys_mask if lowering == "keys" else _Writer.arith_mask)
+        return writer.place(values, unpooling.own, Writer.keys_mask if lowering == "keys" else Writer.arith_mask)
     finally:
         # What the file says of its own values, names of sizes among it, stays.
         x.shape = kept
@@ -132,9 +127,9 @@ def _form(
 
 def _scatter(tape: _Tape, values: Any, indices: Any, size: Any) -> Any:
     """ScatterElements over the whole tensor, as ONNX counts indices."""
-    zero = tape.Constant(value=numpy_helper.from_array(np.zeros(1, values.dtype.numpy())))
+    zero = constant(tape, [0], values.dtype.numpy())
     flat = tape.Expand(zero, tape.ReduceProd(size, keepdims=1))
-    row = tape.ints([-1])
+    row = constant(tape, [-1])
     placed = tape.ScatterElements(flat, tape.Reshape(indices, row), tape.Reshape(values, row), axis=0)
     return tape.Reshape(placed, size)
 
@@ -150,7 +145,7 @@ def _asked_size(tape: _Tape, node: ir.Node) -> Any:
     # (pooled - 1) · stride + window - padding
     rest = [e - s - a - b for e, s, a, b in zip(window, step, cut, cut[len(window) :], strict=False)]
     shape = tape.Shape(node.inputs[0])
-    return tape.Add(tape.Mul(shape, tape.ints([1, 1, *step])), tape.ints([0, 0, *rest]))
+    return tape.Add(tape.Mul(shape, constant(tape, [1, 1, *step])), constant(tape, [0, 0, *rest]))
 
 
 def _exchange(graph: ir.Graph, old: Any, new: Any, nodes: list[ir.Node]) -> None:

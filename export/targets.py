@@ -142,7 +142,7 @@ def check_drop_in(model: nn.Module, target: str, lowering: str | None) -> None:
         ValueError: naming the module and torch's, which takes every form.
     """
     for name, module in model.named_modules():
-        if isinstance(module, unpool._MaxPoolNd):
+        if isinstance(module, unpool.MaxPoolNd):
             form = check_target(target, lowering, onnx=False).choose(module.window, lowering)
             if form != "keys":
                 raise ValueError(

@@ -1,7 +1,6 @@
 """Core ML packages (.mlpackage)."""
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..contexts import kept
 from .converted import Lowered, check_forms, lower_for, of_maps
 from .inputs import axes_of, unguarded
 from .targets import check_output
-from .verify import KEY, Run, check_outputs, first_line, in_torch, judge, write_report
+from .verify import KEY, Run, check_outputs, described, first_line, in_torch, judge, write_report
 
 __all__ = ["to_coreml"]
 
@@ -52,17 +52,13 @@ def to_coreml(
         RuntimeError: if a check fails; then there is no package.
         ImportError: if coremltools is missing.
     """
-    from poolskip_zoo import __version__
-
     path = check_output(path, ".mlpackage")
     lowered = lower_for(model, example, "coreml", lowering, dynamic)
     try:
         import coremltools
     except ImportError as error:
         raise ImportError("the export needs coremltools: pip install coremltools") from error
-    used = sorted({block["lowering"] for block in lowered.blocks})
-    facts = {"package_version": __version__, "target": "coreml", "lowering": used, "dynamic": list(dynamic)}
-    facts.update(metadata or {})
+    facts = described("coreml", lowered.blocks, dynamic=list(dynamic), **(metadata or {}))
     report: dict[str, Any] = {"file": path.name, **facts, "checked_in": "PyTorch before the conversion; not run"}
 
     def build(side: nn.Module, inputs: tuple[Tensor, ...], form: str) -> Run:
@@ -94,15 +90,12 @@ def to_coreml(
         _check_package(package.get_spec(), lowered.args, model(*lowered.args), path)
     package.user_defined_metadata[KEY] = json.dumps(facts)
     report.pop("class_names", None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        made = Path(folder, path.name)
+    with kept(path) as made:
         package.save(str(made))
         write_report(path, report)
         # A folder does not replace another.
         if path.exists():
-            path.replace(Path(folder, "before"))
-        made.replace(path)
+            path.replace(made.with_name("before"))
     return report
 
 

@@ -13,7 +13,7 @@ from ..contexts import kept
 from .inputs import capture_open, check_arguments, shapes_of
 from .lower import as_args, blocks_of, lower_unpooling
 from .targets import check_output
-from .verify import KEY, check_outputs, in_torch, judge, write_report
+from .verify import KEY, check_outputs, described, in_torch, judge, write_report
 
 __all__ = ["to_exported_program"]
 
@@ -52,11 +52,12 @@ def to_exported_program(
     lowered = lower_unpooling(captured, lowering=lowering)
     with torch.no_grad():
         program = torch.export.export(lowered, inputs[0], dynamic_shapes=shapes_of(inputs[0], dynamic), strict=False)
-    used = sorted({block.lowering for block in blocks_of(lowered)})
-    report = {"file": path.name, "dynamic": list(dynamic), "lowering": used, **(metadata or {})}
+    blocks = [block.to_dict() for block in blocks_of(lowered)]
+    facts = described("pt2", blocks, dynamic=list(dynamic), **(metadata or {}))
+    report = {"file": path.name, **facts, "checked_in": "PyTorch CPU", "blocks": blocks}
     with kept(path) as temporary:
         buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
-        torch.export.save(program, buffer, extra_files={KEY: json.dumps(report)})
+        torch.export.save(program, buffer, extra_files={KEY: json.dumps(facts)})
         temporary.write_bytes(buffer.getbuffer())
         if any(name != "batch" for name in dynamic):
             # The checks of sizes in the file refuse maps of a single cell, as small inputs may lead to.

@@ -1,13 +1,13 @@
 """ncnn's files (.param with .bin), made of ONNX by pnnx."""
 
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..contexts import kept
 from .converted import check_fixed, check_forms, unpooled_shapes
 from .inputs import with_random
 from .lower import as_args, capture
@@ -53,15 +53,12 @@ def to_ncnn(
     if batches != {1}:
         raise ValueError(f"example: batches {sorted(batches)}: ncnn takes one image at a time")
     shapes = unpooled_shapes(capture(model, args, None))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the finished files can be renamed into place.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        made = Path(folder, path.name)
+    with kept(path) as made:
         report = to_onnx(model, args, made.with_suffix(".onnx"), "ncnn", dynamic=(), metadata=metadata)
         run = _convert(made)
 
         def build(side: nn.Module, inputs: tuple[Tensor, ...], form: str) -> Run:
-            file = Path(folder, "forms.onnx")
+            file = made.with_name("forms.onnx")
             to_onnx(side, inputs, file, "ncnn", dynamic=(), lowering=form)
             return _convert(file.with_suffix(".param"))
 
@@ -71,8 +68,7 @@ def to_ncnn(
         judge(report["outputs"], path)
         report.update({"file": path.name, "checked_in": "ncnn CPU, float32", **(metadata or {})})
         write_report(path, report)
-        for suffix in (".bin", ".param"):
-            made.with_suffix(suffix).replace(path.with_suffix(suffix))
+        made.with_suffix(".bin").replace(path.with_suffix(".bin"))
     return report
 
 

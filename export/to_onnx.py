@@ -22,7 +22,7 @@ from .lower import as_args, blocks_of, lower_program
 from .targets import check_drop_in, check_mode, check_output, check_target
 from .verify import KEY, write_report
 
-__all__ = ["compared", "to_onnx"]
+__all__ = ["Half", "compared", "to_onnx"]
 
 
 def to_onnx(
@@ -85,7 +85,7 @@ def to_onnx(
     if half:
         if len(args) != 1:
             raise ValueError(f"half=True: the model has {len(args)} inputs, and one is supported")
-        model = _Half(model).eval()
+        model = Half(model).eval()
     inputs, program = capture_open(model, args, dynamic)
     args = inputs[0]
     with _explained():
@@ -93,8 +93,8 @@ def to_onnx(
 
         lowered = unguarded(lower_program(program, target, lowering, OPERATORS))
         proto, made = _export(lowered, args, dynamic, opset)
-    blocks = [_block(block, half) for block in blocks_of(lowered)]
-    facts = {**_facts(target, opset, half, dynamic, blocks), **(metadata or {})}
+    blocks = [block.to_dict(half) for block in blocks_of(lowered)]
+    facts = verify.described(target, blocks, opset=opset, half=half, dynamic=list(dynamic), **(metadata or {}))
     _finish(proto, args, dynamic, facts)
     report = {"file": path.name, **facts, "checked_in": verify.checked_in(choice.runtime), "blocks": blocks}
     report.pop("class_names", None)
@@ -140,7 +140,7 @@ def compared(
     return result
 
 
-class _Half(nn.Module):
+class Half(nn.Module):
     """A float16 copy of a model of one input, with float32 input and outputs."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -194,27 +194,6 @@ def _explained() -> Iterator[None]:
         raise ImportError(f"the export needs {error.name}: pip install 'poolskip-zoo[export]'") from error
     finally:
         logger.setLevel(level)
-
-
-def _block(block: Any, half: bool) -> dict[str, Any]:
-    # F.max_unpool1d works on (N, C, L, 1).
-    window = [*block.window, 1] if len(block.window) == 1 else list(block.window)
-    entry = {"name": block.name, "source": block.source, "lowering": block.lowering, "window": window}
-    return {**entry, "ceil_mode": block.ceil_mode, "own": block.own, "half": half, "reason": block.reason}
-
-
-def _facts(target: str, opset: int, half: bool, dynamic: Sequence[str], blocks: list[dict[str, Any]]) -> dict[str, Any]:
-    from poolskip_zoo import __version__
-
-    used = sorted({block["lowering"] for block in blocks})
-    return {
-        "package_version": __version__,
-        "target": target,
-        "opset": opset,
-        "half": half,
-        "dynamic": list(dynamic),
-        "lowering": used[0] if len(used) == 1 else used,
-    }
 
 
 def _finish(proto: Any, args: tuple[Any, ...], dynamic: Sequence[str], facts: dict[str, Any]) -> None:
@@ -297,4 +276,5 @@ class _Watch(torch.fx.Interpreter):
 def _write_beside(path: Path, report: dict[str, Any]) -> None:
     """The report, and the predictor that needs no torch."""
     write_report(path, report)
-    shutil.copyfile(Path(__file__).with_name("predictor.py"), path.with_name("poolskip_predictor.py"))
+    with kept(path.with_name("poolskip_predictor.py")) as temporary:
+        shutil.copyfile(Path(__file__).with_name("predictor.py"), temporary)

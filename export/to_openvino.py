@@ -1,7 +1,6 @@
 """OpenVINO's own files (.xml with .bin)."""
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contexts import kept
 from .inputs import random_like
 from .lower import as_args
 from .targets import check_output
-from .to_onnx import _Half, compared, to_onnx
+from .to_onnx import Half, compared, to_onnx
 from .verify import KEY, judge, runner, write_report
 
 __all__ = ["to_openvino"]
@@ -54,10 +54,8 @@ def to_openvino(
         import openvino
     except ImportError as error:
         raise ImportError("the export needs openvino: pip install 'poolskip-zoo[export]'") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the finished files can be renamed into place.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
-        onnx_file, converted = Path(folder, "model.onnx"), Path(folder, path.name)
+    with kept(path) as converted:
+        onnx_file = converted.with_name("model.onnx")
         report = to_onnx(
             model, example, onnx_file, "openvino", dynamic=dynamic, half=half, lowering=lowering, metadata=metadata
         )
@@ -70,14 +68,13 @@ def to_openvino(
             tuple(random_like(*each, generator) for each in zip(args, shapes, strict=True))
             for shapes in report["outputs"]["inputs"]
         ]
-        judged = _Half(model).eval() if half else model
+        judged = Half(model).eval() if half else model
         found = compared(runner(converted, "openvino"), judged, model, [*inputs, args], path)
         # Windows that flipped are those of the ONNX file.
         report.update(found, outputs={**report["outputs"], **found["outputs"]})
         judge(report["outputs"], path)
         report["file"] = path.name
         write_report(path, report)
-        for suffix in (".bin", ".xml"):
-            converted.with_suffix(suffix).replace(path.with_suffix(suffix))
-        Path(folder, "poolskip_predictor.py").replace(path.with_name("poolskip_predictor.py"))
+        for file in (path.with_suffix(".bin"), path.with_name("poolskip_predictor.py")):
+            converted.with_name(file.name).replace(file)
     return report

@@ -14,7 +14,7 @@ from ..contexts import kept
 from .inputs import check_arguments, first_fit, open_inputs, run_at, unguarded
 from .lower import as_args, lower_unpooling
 from .targets import check_mode, check_output
-from .verify import KEY, check_outputs, in_torch, judge, write_report
+from .verify import KEY, check_outputs, described, in_torch, judge, write_report
 
 __all__ = ["to_torchscript"]
 
@@ -57,10 +57,11 @@ def to_torchscript(
     with torch.no_grad():
         inputs = first_fit(open_inputs(args, dynamic), dynamic, partial(run_at, model))
         module = torch.jit.script(model) if method == "script" else _trace(model, inputs[0])
-    report = {"file": path.name, "method": method, "dynamic": list(dynamic), **(metadata or {})}
+    facts = described("torchscript", (), method=method, dynamic=list(dynamic), **(metadata or {}))
+    report = {"file": path.name, **facts, "checked_in": "PyTorch CPU"}
     with kept(path) as temporary:
         buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
-        torch.jit.save(module, buffer, _extra_files={KEY: json.dumps(report)})
+        torch.jit.save(module, buffer, _extra_files={KEY: json.dumps(facts)})
         temporary.write_bytes(buffer.getbuffer())
         report["outputs"] = check_outputs(in_torch(torch.jit.load(temporary)), model, inputs, False)
         judge(report["outputs"], path)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,16 @@ __all__ = [
     "check_blocks",
     "check_outputs",
     "checked_in",
+    "described",
     "first_line",
     "flipped_windows",
     "in_torch",
     "judge",
+    "mask_cases",
+    "pool_with_indices",
     "relative_error",
     "runner",
+    "unpool",
     "write_report",
 ]
 
@@ -255,6 +259,23 @@ def judge(outputs: dict[str, Any], path: Path, reference: str = "eager mode") ->
         )
 
 
+def described(target: str, blocks: Iterable[Mapping[str, Any]], **facts: Any) -> dict[str, Any]:
+    """What a report begins with, and a file keeps of it as metadata.
+
+    Args:
+        target: the runtime, or the format of torch's own files.
+        blocks: the lowered unpoolings.
+        facts: more of them.
+
+    Returns:
+        Package version, target, the lowerings that occur, and the rest, JSON-ready.
+    """
+    from poolskip_zoo import __version__
+
+    used = sorted({block["lowering"] for block in blocks})
+    return {"package_version": __version__, "target": target, "lowering": used, **facts}
+
+
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write `<path>.json` beside an exported file.
 
@@ -280,7 +301,7 @@ def flipped_windows(inputs: Iterable[Iterable[_Map]]) -> dict[str, float]:
     for maps in inputs:
         before = flipped
         for ours, theirs, window, ceil_mode in maps:
-            places = [_pool(each.float(), window, ceil_mode)[1] for each in (ours, theirs)]
+            places = [pool_with_indices(each.float(), window, ceil_mode)[1] for each in (ours, theirs)]
             different = int((places[0] != places[1]).sum())
             if different and flipped == before:
                 worst = max(worst, relative_error(theirs, ours))
@@ -315,8 +336,11 @@ def check_blocks(model: Any, made: list[Translation], blocks: list[dict[str, Any
         if missing:
             raise RuntimeError(f"the exported graph has lost {missing}, where {block['name']} would be checked")
         run = runner(extractor.extract_model(names, [output]).SerializeToString(), runtime)
-        cases = _scatter_cases if block["lowering"] == "scatter" else _mask_cases
-        for case, tensors, expected in cases(block, fixed[names[0]], fixed[names[-1]], fixed[output]):
+        if block["lowering"] == "scatter":
+            cases = _scatter_cases(block, fixed[names[0]], fixed[output])
+        else:
+            cases = mask_cases(block, fixed[names[-1]])
+        for case, tensors, expected in cases:
             got = torch.from_numpy(run([each.numpy() for each in tensors])[0])
             compared += 1
             if not torch.equal(got, expected):
@@ -337,8 +361,16 @@ def _fixed_shape(value: Any) -> _Shape:
     return [dim.dim_value or None for dim in value.type.tensor_type.shape.dim]
 
 
-def _mask_cases(block: dict[str, Any], _: _Shape, x_shape: _Shape, output_shape: _Shape) -> _Cases:
-    """Name, inputs and expected output of each comparison."""
+def mask_cases(block: dict[str, Any], x_shape: _Shape) -> _Cases:
+    """Comparisons of an unpooling by a mask.
+
+    Args:
+        block: the unpooling, as a report has it.
+        x_shape: of the pooled map, None for each open axis.
+
+    Yields:
+        Name, inputs and expected output.
+    """
     window, generator = list(block["window"]), torch.Generator().manual_seed(0)
     dtype = torch.float16 if block["half"] else torch.float32
     for sizes in _SIZES:
@@ -352,14 +384,14 @@ def _mask_cases(block: dict[str, Any], _: _Shape, x_shape: _Shape, output_shape:
         }
         for kind, x in kinds.items():
             x = x.to(dtype)
-            pooled, indices = _pool(x.float(), window, block["ceil_mode"])
+            pooled, indices = pool_with_indices(x.float(), window, block["ceil_mode"])
             values = (pooled if block["own"] else torch.randn(pooled.shape, generator=generator)).to(dtype)
-            yield f"{kind} of size {spatial}", [x] if block["own"] else [values, x], _unpool(values, indices, spatial)
+            yield f"{kind} of size {spatial}", [x] if block["own"] else [values, x], unpool(values, indices, spatial)
         if None not in x_shape[2:]:
             return
 
 
-def _scatter_cases(block: dict[str, Any], values_shape: _Shape, _: _Shape, output_shape: _Shape) -> _Cases:
+def _scatter_cases(block: dict[str, Any], values_shape: _Shape, output_shape: _Shape) -> _Cases:
     """The same where the indices are an input: any distinct ones."""
     generator = torch.Generator().manual_seed(0)
     spatial = [fixed or size for size, fixed in zip(_SIZES[0], output_shape[2:], strict=False)]
@@ -369,15 +401,35 @@ def _scatter_cases(block: dict[str, Any], values_shape: _Shape, _: _Shape, outpu
     order = torch.rand([shape[0], shape[1], cells], generator=generator).argsort(-1)
     indices = order[..., : math.prod(shape[2:])].reshape(shape)
     open_sizes = [torch.tensor(size) for size, fixed in zip(spatial, output_shape[2:], strict=True) if fixed is None]
-    yield f"indices of size {spatial}", [values, indices, *open_sizes], _unpool(values, indices, spatial)
+    yield f"indices of size {spatial}", [values, indices, *open_sizes], unpool(values, indices, spatial)
 
 
-def _pool(x: Tensor, window: list[int], ceil_mode: bool) -> tuple[Tensor, Tensor]:
+def pool_with_indices(x: Tensor, window: list[int], ceil_mode: bool) -> tuple[Tensor, Tensor]:
+    """torch's own pooling of disjoint windows.
+
+    Args:
+        x: (N, C, *spatial), of two or three axes.
+        window: window and stride.
+        ceil_mode: whether partial windows count.
+
+    Returns:
+        Window maxima and flat indices.
+    """
     function = F.max_pool2d if len(window) == 2 else F.max_pool3d
     return function(x, window, window, ceil_mode=ceil_mode, return_indices=True)
 
 
-def _unpool(values: Tensor, indices: Tensor, size: list[int]) -> Tensor:
+def unpool(values: Tensor, indices: Tensor, size: list[int]) -> Tensor:
+    """torch's own unpooling.
+
+    Args:
+        values: (N, C, *pooled), of two or three axes.
+        indices: flat index of each value.
+        size: spatial size of the result.
+
+    Returns:
+        The map, in the type of `values`.
+    """
     if len(size) == 2:
         unpooled = torch.ops.aten.max_unpool2d(values.float(), indices, size)
     else:

@@ -39,8 +39,10 @@ def _exists(module: str) -> bool:
         if spec is not None and spec.submodule_search_locations is not None:  # a package runs by its __main__
             spec = importlib.util.find_spec(f"{module}.__main__")
         return spec is not None
-    except ModuleNotFoundError:
-        return False
+    except ModuleNotFoundError as error:
+        if f"{module}.".startswith(f"{error.name}."):
+            return False
+        raise  # the package is there, and what it imports is not
 
 
 def _run_script(script: Path) -> None:

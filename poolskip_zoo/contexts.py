@@ -1,36 +1,55 @@
 """Context managers that several parts share: files that are whole or not there, full disks, evaluation mode."""
 
 import errno
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
 
-__all__ = ["evaluating", "explain_full_disk", "kept"]
+__all__ = ["evaluating", "explain_full_disk", "kept", "write_atomic"]
 
 
 @contextmanager
-def kept(path: Path) -> Iterator[Path]:
+def kept(path: Path, intact: str = "") -> Iterator[Path]:
     """Give a file its name once all is well.
 
     Args:
         path: its name.
+        intact: what is after an error, as a sentence.
 
     Yields:
-        The name to write it under. After an error that file is removed, and what was at `path` stays.
+        The name to write it under, in a folder that goes afterwards. After an error what was at `path` stays.
 
     Raises:
         RuntimeError: if the disk is full.
     """
-    temporary = path.with_name(f".{path.name}")
-    with explain_full_disk(path):
+    with explain_full_disk(path, intact):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        # A folder of its own: two writers may share a path, and a name beside it may be somebody's.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp") as folder:
+            temporary = Path(folder, path.name)
             yield temporary
             temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes | memoryview, intact: str = "") -> None:
+    """Write a file whole or not at all, and let it reach the disk first.
+
+    Args:
+        path: its name.
+        data: contents.
+        intact: as for `kept`.
+
+    Raises:
+        RuntimeError: if the disk is full; what was there before is intact.
+    """
+    with kept(path, intact) as temporary, temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

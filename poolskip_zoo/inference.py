@@ -88,6 +88,8 @@ def _check_config(path: Path) -> None:
     """Refuse what timm would read without a look."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(config, dict) or "architecture" not in config:
@@ -192,6 +194,8 @@ def segment(
     """
     if not 0 <= overlap <= 0.9:
         raise ValueError(f"overlap={overlap}: expected 0 to 0.9")
+    if window and (len(window) != 2 or min(window) < 1):
+        raise ValueError(f"window={tuple(window)}: expected height and width in pixels, at least 1, or ()")
     height, width = images.shape[2:]
     tall, wide = (min(pair) for pair in zip(window or (height, width), (height, width), strict=True))
     logits, times = torch.zeros((), device=images.device), torch.zeros(height, width, device=images.device)
@@ -242,7 +246,7 @@ class Segmenter:
         """Load a recorded checkpoint.
 
         Args:
-            name: its name, such as `unet_resnet18.camvid_r180`.
+            name: its name, such as `deeplabv3plus_resnet18_poolskip.camvid_r180`.
 
         Returns:
             The segmenter.

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 import poolskip_zoo
 from poolskip_zoo.cli import main
+from poolskip_zoo.cli.diagnose import load
 
 
 @pytest.fixture
@@ -97,6 +98,14 @@ def test_command_shows_held_out_images(run_folder, capsys, monkeypatch):
     assert main(["diagnose", str(run_folder), "--compare", "torch.nn:Conv2d(3, 4, 3)", "--json"]) == 0
     other = json.loads(capsys.readouterr().out)["models"][1]
     assert (other["images"], other["layers"][0]["gradient"]) == (2, None)
+
+
+def test_a_recorded_checkpoint_is_shown_what_its_own_recipe_held_out():
+    chosen, last = (load(f"resnet20_cifar.{tag}") for tag in ("c10", "c10_e60"))
+    assert (chosen.recipe.hold_out, chosen.has_seen_all) == (5000, False)
+    assert (last.recipe.hold_out, last.has_seen_all) == (0, True)
+    last.dataset = "cifar100"  # by --dataset
+    assert not last.has_seen_all
 
 
 @pytest.mark.usefixtures("no_data")

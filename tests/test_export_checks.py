@@ -45,7 +45,7 @@ def test_equal_infinities_are_no_difference():
 
 def test_a_wrong_unpooling_leaves_no_file(tmp_path, monkeypatch):
     # All equal maxima in place of the first one.
-    monkeypatch.setattr(onnx_forms._Writer, "first", lambda self, is_max, pooled: is_max)
+    monkeypatch.setattr(onnx_forms.Writer, "first", lambda self, is_max, pooled: is_max)
     with pytest.raises(RuntimeError, match=r"max_unpool2d.*export_nets\.py.*'keys' differs from torch .* on ties"):
         to_onnx(PairNet(2).eval(), torch.randn(1, 4, 9, 9), tmp_path / "net.onnx")
     assert not list(tmp_path.iterdir())

@@ -68,6 +68,7 @@ def test_what_is_no_image_is_named(tmp_path, monkeypatch):
         ("local-dir:bert", "config.json is no configuration of timm: it names no architecture"),
         ("local-dir:list", "config.json is no configuration of timm: it names no architecture"),
         ("local-dir:cut", "config.json is no JSON: "),
+        ("local-dir:none", "config.json cannot be read: No such file"),
     ],
 )
 def test_models_that_there_are_not(name, said, tmp_path, monkeypatch):
@@ -93,3 +94,9 @@ def test_a_hub_out_of_reach_is_told_at_once_of_timm_s_models_too(monkeypatch, tm
 def test_an_overlap_of_windows_out_of_range(overlap):
     with pytest.raises(ValueError, match=f"overlap={overlap}: expected 0 to 0.9"):
         segment(torch.nn.Conv2d(3, 2, 1), torch.zeros(1, 3, 64, 64), (64, 64), (32, 32), overlap)
+
+
+@pytest.mark.parametrize("window", [(0, 32), (32,)])
+def test_a_window_that_is_none(window):
+    with pytest.raises(ValueError, match=re.escape(f"window={window}: expected height and width in pixels")):
+        segment(torch.nn.Conv2d(3, 2, 1), torch.zeros(1, 3, 64, 64), (64, 64), window)

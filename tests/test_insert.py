@@ -172,6 +172,26 @@ def test_refuses_a_second_time(placement):
     assert repr(model) == before
 
 
+def test_refuses_weights_that_are_not_floating_point_and_changes_nothing():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    net[1].weight = nn.Parameter(net[1].weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"module '1' has weights of torch.int8: only those of floating-point ones"):
+        add_pool_skip(net, "*")
+    assert not pool_skip_modules(net)
+
+
+def test_auto_takes_no_subnet_for_a_norm():
+    class SubNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+
+    convs = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+    with pytest.raises(ValueError, match="no"):
+        add_pool_skip(nn.Sequential(*convs, SubNet()))
+    assert len(add_pool_skip(nn.Sequential(*convs, nn.BatchNorm2d(4)))) == 1
+
+
 def test_refuses_lazy_convolutions():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(8, 3), nn.BatchNorm2d(8))
     with pytest.raises(ValueError, match="module '1' is lazy and has no channels yet: run the model once first"):

@@ -313,3 +313,16 @@ def test_compile_takes_one_graph_forward_and_backward():
         weights = torch.randn_like(x)
         for one, other in zip(gradients(compiled, layer, x, weights), gradients(layer, layer, x, weights), strict=True):
             torch.testing.assert_close(one, other)
+
+
+class Labelled(Tensor):
+    """A subclass without dispatch of its own, as MONAI's MetaTensor."""
+
+
+def test_subclasses_of_tensor_train_as_torch_does() -> None:
+    layer, x = PoolSkip2d(3), torch.randn(2, 3, 7, 6)
+    expected = gradients(lambda x: stock(layer, x), layer, x, x)
+    got = gradients(layer, layer, x.as_subclass(Labelled), x.as_subclass(Labelled))
+    assert type(got[0]) is Labelled
+    assert all(torch.equal(a.as_subclass(Tensor), b) for a, b in zip(got, expected, strict=True))
+    assert max_pool_unpool2d(x.as_subclass(Labelled).requires_grad_() * 1, 2).relu_().requires_grad

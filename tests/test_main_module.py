@@ -86,6 +86,15 @@ def test_wrong_calls_are_one_line(monkeypatch, arguments, word):
     assert "\n" not in str(error.value)
 
 
+def test_a_module_whose_package_lacks_something_says_what(monkeypatch, tmp_path):
+    (tmp_path / "lacking").mkdir()
+    (tmp_path / "lacking" / "__init__.py").write_text("import no_such_dependency")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["poolskip_zoo", "-m", "lacking.part"])
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        main()
+
+
 def test_help(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["poolskip_zoo", "--help"])
     main()

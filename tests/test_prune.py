@@ -151,6 +151,7 @@ def test_the_command(
     assert "top1" not in json.loads(capsys.readouterr().out.splitlines()[-1])["after"]
     assert call(verb, *arguments, "--data-dir", data, "--images", 0) == 0
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (facts["images"], facts["seen_in_training"]) == (0, False)
     assert facts["removed"] == {"layer1.0.conv1": 2, "layer1.0.conv1.pool_skip.conv": 2}
     # Of the convolution 2 filters of 8·9, of Pool Skip 8·8·9 - 6·6·9, of the next one 8 of 2·9; its biases, the norm.
     assert facts["before"]["parameters"] - facts["after"]["parameters"] == 144 + 252 + 144 + 2 + 4
@@ -161,6 +162,8 @@ def test_the_command(
     for bad, said in ((["--output", tmp_path / "net.pkl"], "ends in .pt2 or .onnx"), (["--images", -1], "at least 0")):
         with pytest.raises(ValueError, match=said):
             call(verb, run, *bad)
+    with pytest.raises(ValueError, match="resnet20_cifar has no tag, so its weights are fresh"):
+        call(verb, "resnet20_cifar", "--output", tmp_path / "fresh.pt2")
 
 
 # Half a minute of torch's ONNX exporter: pytest -m slow tests/test_prune.py

@@ -204,7 +204,7 @@ def test_a_wrong_form_leaves_no_file(tmp_path, monkeypatch):
     from poolskip_zoo.export import onnx_forms
 
     # All equal maxima in place of the first one.
-    monkeypatch.setattr(onnx_forms._Writer, "first", lambda self, is_max, pooled: is_max)
+    monkeypatch.setattr(onnx_forms.Writer, "first", lambda self, is_max, pooled: is_max)
     source = segnet(tmp_path / "in.onnx")
     with pytest.raises(RuntimeError, match=r"the_maxunpool_.*'keys' differs from the original in .* on ties of shape"):
         rewrite_onnx(source, tmp_path / "out.onnx")

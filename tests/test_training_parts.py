@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from test_training import recipe
 from torch import nn
 
+from poolskip_zoo.contexts import write_atomic
 from poolskip_zoo.layers import pool_skip_modules
 from poolskip_zoo.training import build, evaluate
 from poolskip_zoo.training.recipe import make_recipe
-from poolskip_zoo.training.state import load_checkpoint, save_checkpoint, save_weights, seed_step, write_atomic
+from poolskip_zoo.training.state import load_checkpoint, save_checkpoint, save_weights, seed_step
 from poolskip_zoo.training.task import make_task
 
 
@@ -151,3 +152,11 @@ def test_evaluate_counts_over_uneven_batches() -> None:
     assert not model.frozen.training
     with pytest.raises(ValueError, match="no images"):
         evaluate(model, [])
+
+
+def test_the_recipe_alone_says_how_gradients_accumulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    weight = torch.ones(3, requires_grad=True)
+    build.make_accelerator(recipe(), cpu=True).backward(weight.sum())
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [1, 1, 1]

@@ -95,6 +95,11 @@ def test_nan_and_infinity_equal_torch():
     assert torch.equal(mine.nan_to_num(99), pooled.nan_to_num(99))
     places = nn.MaxUnpool2d(2)(torch.ones_like(pooled), indices, output_size=x.shape)
     assert torch.equal(mask, places.bool())
+    # Of other values, NaN and infinity among them, too; to the sign of zero.
+    values = pooled.flip(-1)
+    theirs = nn.MaxUnpool2d(2)(values, indices, output_size=x.shape)
+    u = poolskip_zoo.MaxUnpool2d(2)(values, mask, output_size=x.shape)
+    assert torch.equal(u.view(torch.int32), theirs.view(torch.int32))
 
 
 @pytest.mark.parametrize(

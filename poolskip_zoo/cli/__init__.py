@@ -1,4 +1,4 @@
-"""The command `poolskip`: one module per verb, imported only when it runs."""
+"""The command `poolskip`: one module per verb, whose own imports wait until it runs."""
 
 import argparse
 import importlib

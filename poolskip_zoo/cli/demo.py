@@ -105,18 +105,14 @@ def _pooled_map(layer, model, x):
 
 def _draw(path, images, ranked, before, window, layer):
     """One column an image: the image, one channel before pooling, what pooling keeps of it, the class scores."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the demo draws with matplotlib: pip install 'poolskip-zoo[train]'") from error
-
     from ..layers import max_pool_unpool2d
+    from ..pictures import new_figure, save_figure
 
     # The channel whose kept values vary most shows most.
     maxima = max_pool_unpool2d(before, tuple(window))
     channel = int(before.flatten(2).std(-1).mean(0).argmax())
     columns = len(images)
-    figure = Figure(figsize=(1.6 * columns + 0.4, 6.6), layout="constrained")
+    figure = new_figure(1.6 * columns + 0.4, 6.6)
     axes = figure.subplots(4, columns, gridspec_kw={"height_ratios": [1, 1, 1, 0.8]})
     for i, image in enumerate(images):
         axes[0, i].imshow(image, interpolation="nearest")
@@ -134,8 +130,7 @@ def _draw(path, images, ranked, before, window, layer):
     e = "×".join(map(str, window))
     for row, text in enumerate(("image", f"channel {channel} at\n{layer}", f"kept by {e} pooling", "class scores")):
         axes[row, 0].set_ylabel(text, fontsize=9)
-    with kept(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    save_figure(figure, path)
 
 
 def _export(model, x, path):
@@ -201,13 +196,11 @@ def _session(path):
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-def _latencies(model, path, x, rounds=15):
+def _latencies(model, path, x):
     """Median milliseconds of the model, its file and its base, which take turns."""
     import copy
-    import time
 
-    import torch
-
+    from ..diagnostics.cost import measure_latency
     from ..layers import remove_pool_skip
 
     base = copy.deepcopy(model)
@@ -218,12 +211,4 @@ def _latencies(model, path, x, rounds=15):
         "ONNX Runtime": lambda: session.run(None, {"image": image}),
         "the base model in PyTorch": lambda: base(x),
     }
-    times: dict[str, list[float]] = {what: [] for what in programs}
-    with torch.inference_mode():
-        for turn in range(rounds + 2):
-            for what, program in programs.items():
-                begun = time.perf_counter()
-                program()
-                if turn > 1:
-                    times[what].append(1e3 * (time.perf_counter() - begun))
-    return {what: sorted(spent)[rounds // 2] for what, spent in times.items()}
+    return dict(zip(programs, measure_latency(list(programs.values()), 15), strict=True))

@@ -63,23 +63,24 @@ def run(args: argparse.Namespace) -> int:
     subjects = [load(name) for name in (args.name, args.compare) if name]
     # A model whose data are not known is shown those of the model beside it.
     dataset = args.dataset or next((each.dataset for each in subjects if each.dataset), None)
-    # Both are shown the same images, also where only one of them says how many are held out.
-    held_out = [each.recipe.hold_out for each in subjects if each.recipe and each.recipe.hold_out > 0]
+    # Both are shown the same images, held out by both: the fewer are among the more.
+    recipes = [each.recipe for each in subjects if each.recipe]
+    held_out = min((recipe.hold_out for recipe in recipes if recipe.hold_out > 0), default=5000)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found, facts = [], []
     for subject in subjects:
         subject.dataset = args.dataset or subject.dataset or dataset
-        batches = _batches(args, subject, device, *held_out[:1])
+        batches = _batches(args, subject, device, held_out)
         found.append(diagnose(subject.model.to(device), batches))
-        facts.append(
-            {"name": subject.name, "weights": subject.weights, "dataset": subject.dataset if batches else None}
-        )
+        shown = {"dataset": subject.dataset if batches else None, "seen_in_training": subject.has_seen_all}
+        facts.append({"name": subject.name, "weights": subject.weights, **shown})
     if args.json:
         print(json.dumps({"models": [{**fact, **each.to_dict()} for fact, each in zip(facts, found, strict=True)]}))
     else:
         for fact, each in zip(facts, found, strict=True):
-            shown = f"{each.images} images of {fact['dataset']}" if each.images else "weights alone"
-            print(f"{fact['name']}: {fact['weights']}; {shown}")
+            images = f"{each.images} images of {fact['dataset']}" if each.images else "weights alone"
+            images += ", which it was trained on" if each.images and fact["seen_in_training"] else ""
+            print(f"{fact['name']}: {fact['weights']}; {images}")
             for name, reason in each.left_out.items():
                 print(f"  left out: {name}: {reason}")
         print(table(*found))
@@ -101,6 +102,11 @@ class Subject:
     recipe: Any = None
 
     @property
+    def has_seen_all(self) -> bool:
+        """Whether its recipe held out none of the data set's training images."""
+        return self.recipe is not None and (self.recipe.dataset, self.recipe.hold_out) == (self.dataset, 0)
+
+    @property
     def input_size(self) -> tuple[int, int, int]:
         """Channels, height and width of what the model was trained on.
 
@@ -117,6 +123,7 @@ class Subject:
         return 3, size, size
 
 
+FRESH = "fresh weights"
 # A function of a module, and its arguments: MODULE:FUNCTION or MODULE:FUNCTION(ARGUMENTS).
 _CALL = re.compile(r"(?P<module>[\w.]+):(?P<function>[\w.]+)(?P<arguments>\(.*\))?", re.DOTALL)
 
@@ -138,6 +145,7 @@ def load(name: str) -> Subject:
 
     from ..inference import load_model
     from ..registry.checkpoint import find
+    from ..training import load_recipe
     from .validate import segmentation_model, segments
 
     if called := _CALL.fullmatch(name):
@@ -156,7 +164,9 @@ def load(name: str) -> Subject:
         )
     record = find(name) if tag else None
     model = load_model(name, bool(tag))
-    return Subject(name, model, f"weights {tag}" if tag else "fresh weights", record.dataset if record else None)
+    if record is None:
+        return Subject(name, model, f"weights {tag}" if tag else FRESH, None)
+    return Subject(name, model, f"weights {tag}", record.dataset, load_recipe(record.recipe))
 
 
 def _call(name: str, module: str, function: str, arguments: str | None) -> Any:
@@ -219,7 +229,7 @@ def load_file(name: str, file: Path) -> Subject:
     raise ValueError(f"{file} does not say of which model it is: neither recipe.yaml nor config.json stand beside it")
 
 
-def _batches(args: argparse.Namespace, subject: Subject, device: Any, hold_out: int = 5000) -> Any:
+def _batches(args: argparse.Namespace, subject: Subject, device: Any, hold_out: int) -> Any:
     """Batches of held-out images as the model takes them, or None if there is no data folder or none is wanted."""
     import os
 

@@ -154,10 +154,16 @@ def _check_arguments(run: Path, used: Any) -> None:
 
     if used.segments:  # smp's folders keep the keywords
         return
-    if used.model not in registered_models(test=True):
+    arch, _, tag = used.model.partition(".")
+    if arch not in registered_models(test=True):
         raise ValueError(
-            f"{run} is of {used.model}, a model of timm's, which has no tags but timm's own: its weights make no "
-            f"checkpoint of ours; its numbers get into the card of {used.model}_poolskip with --base"
+            f"{run} is of {arch}, a model of timm's, which has no tags but timm's own: its weights make no "
+            f"checkpoint of ours; its numbers get into the card of {arch}_poolskip with --base"
+        )
+    if tag or used.model_args.get("pretrained"):
+        raise ValueError(
+            f"{run} started from weights of {used.model} that no recipe here made: the zoo's checkpoints are trained "
+            "by its recipes alone. timm.models.push_to_hf_hub and save_for_hf publish a model of your own"
         )
     size = DATASETS[used.dataset].image_size
     if used.image_size not in (0, size):

@@ -51,12 +51,16 @@ def run(args: argparse.Namespace) -> int:
     from ..diagnostics.cost import count_macs, count_parameters
     from ..export.targets import check_output
     from ..pruning import prune_inert
-    from .diagnose import load
+    from .diagnose import FRESH, load
 
     path = check_output(args.output or f"{Path(args.name).name}.pruned.pt2", ".pt2", ".onnx")
     if args.images < 0:
         raise ValueError(f"--images {args.images} must be at least 0")
     subject = load(args.name)
+    if subject.weights == FRESH:
+        raise ValueError(
+            f"{args.name} has no tag, so its weights are fresh ones: `poolskip list --pretrained` has tags"
+        )
     subject.dataset = args.dataset or subject.dataset
     if subject.recipe and subject.recipe.segments:
         raise ValueError(f"{args.name} segments: only classifiers are pruned")
@@ -73,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         for when, each in pair.items():
             facts[when]["top1"] = evaluate(each, test).top1
     facts.update({"removed": what.removed, "left": what.left, "file": str(path)})
+    facts.update({"images": sum(map(len, images or ())), "seen_in_training": subject.has_seen_all})
     _write(model, size, path, facts)
     print(json.dumps(facts) if args.json else _told(args.name, facts))
     return 0
@@ -118,6 +123,9 @@ def _write(model: Any, size: tuple[int, int, int], path: Path, facts: dict[str, 
 def _told(name: str, facts: dict[str, Any]) -> str:
     before, after = facts["before"], facts["after"]
     lines = [f"{name}: {sum(facts['removed'].values())} filters removed, {sum(facts['left'].values())} inert ones left"]
+    if facts["images"]:
+        seen = ", which it was trained on" if facts["seen_in_training"] else ""
+        lines.append(f"dead filters by {facts['images']} images{seen}")
     for key, label in (("removed", "removed"), ("left", "left")):
         lines += [f"  {label} in {layer}: {count}" for layer, count in facts[key].items()]
     lines.append(f"parameters {before['parameters']:,} -> {after['parameters']:,}")

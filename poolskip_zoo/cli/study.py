@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
     """
     import dataclasses
 
+    from ..contexts import write_atomic
     from ..study.picture import draw_cost, draw_depth
     from ..study.results import LayerRow, Run, decays, reported, summary, to_csv
     from ..training import load_list
-    from ..training.state import write_atomic
 
     if args.images < 1:
         raise ValueError(f"--images {args.images} must be at least 1")
@@ -172,7 +172,7 @@ def _renew(page: Path, text: str, output: Path, pictures: list[Path]) -> None:
     """Put the results between a page's marks, with links to the files beside it."""
     import os
 
-    from ..training.state import write_atomic
+    from ..contexts import write_atomic
 
     old = page.read_text(encoding="utf-8")
     before, start, rest = old.partition(MARKS[0])

@@ -186,9 +186,6 @@ class EvalLoader(_Images):
         super().__init__(split, mean, std, image_size, device, channels_last)
         self.batch_size, self.rank, self.world = batch_size, rank, world
 
-    def __len__(self) -> int:
-        return len(range(self.rank * self.batch_size, len(self.labels), self.world * self.batch_size))
-
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for start in range(self.rank * self.batch_size, len(self.labels), self.world * self.batch_size):
             stop = start + self.batch_size

@@ -1,7 +1,8 @@
 """Reader of JPEG packs: many small JPEG files end to end in one ``.npz``.
 
 A pack holds, for a prefix such as ``train``, three arrays: ``train_jpeg`` (uint8, all files end to end),
-``train_offset`` (int64, N + 1 starts) and ``train_label`` (integers). ``classes`` names the labels.
+``train_offset`` (int64, N + 1 starts) and ``train_label`` (integers). ``classes`` names the labels, ``names`` does so
+where classes are codes.
 """
 
 from __future__ import annotations

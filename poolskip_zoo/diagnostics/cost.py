@@ -1,6 +1,9 @@
 """What a model costs: parameters, multiply-accumulates, latency."""
 
 import copy
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
 
 import torch
 from torch import nn
@@ -38,24 +41,22 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
     return counter.get_total_flops() // 2
 
 
-def measure_latency(models: list[nn.Module], input_size: tuple[int, ...], rounds: int = 7) -> list[float]:
-    """Median time of one forward pass at batch 1, of several models in turn, so that they share the machine's mood.
+def measure_latency(programs: Sequence[Callable[[], object]], rounds: int = 7) -> list[float]:
+    """Median time of several programs in turn, so that they share the machine's mood.
 
     Args:
-        models: modules on the CPU; they are put into evaluation mode.
-        input_size: channels and spatial size of one input.
-        rounds: timings per model, after a first that does not count.
+        programs: functions of nothing, such as a model's forward pass.
+        rounds: timings per program, after two that do not count.
 
     Returns:
-        Milliseconds, one for each model.
+        Milliseconds, one for each program.
     """
-    # Here, since it looks for a CUDA compiler and warns where there is none.
-    from torch.utils.benchmark import Timer
-
-    x = torch.rand(1, *input_size)
-    timers = [
-        Timer("with torch.inference_mode(): model(x)", globals={"torch": torch, "model": model.eval(), "x": x})
-        for model in models
-    ]
-    times = [[timer.timeit(1).median * 1e3 for timer in timers] for _ in range(rounds + 1)][1:]
-    return [sorted(column)[rounds // 2] for column in zip(*times, strict=True)]
+    times: list[list[float]] = [[] for _ in programs]
+    with torch.inference_mode():
+        for turn in range(rounds + 2):
+            for program, spent in zip(programs, times, strict=True):
+                begun = time.perf_counter()
+                program()
+                if turn > 1:
+                    spent.append(1e3 * (time.perf_counter() - begun))
+    return [median(spent) for spent in times]

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from ..contexts import kept
+from ..pictures import new_figure, save_figure
 from .filters import KINDS, Diagnosis, LayerDiagnosis
 
 __all__ = ["draw", "table"]
@@ -105,15 +105,10 @@ def draw(folder: Path, diagnoses: Mapping[str, Diagnosis]) -> list[Path]:
     Raises:
         ImportError: if matplotlib is missing; it names the extra to install.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'poolskip-zoo[train]'") from error
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for measure, (label, value) in _MEASURES.items():
-        figure = Figure(figsize=(8, 4.6), layout="constrained")
+        figure = new_figure(8, 4.6)
         axes = figure.subplots()
         for place, (name, found) in enumerate(diagnoses.items()):
             for kind in KINDS:
@@ -128,12 +123,11 @@ def draw(folder: Path, diagnoses: Mapping[str, Diagnosis]) -> list[Path]:
             # Logarithmic down to the smallest, with zero at the bottom: a layer without gradient is what one looks for.
             axes.set_yscale("symlog", linthresh=min(positive))
             axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         figure.legend(loc="outside upper center")
         path = folder / f"{measure}.png"
-        with kept(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=110)
+        save_figure(figure, path)
         paths.append(path)
     return paths
 

@@ -110,7 +110,7 @@ def _base_scores(name: str, base: Path | None) -> dict[str, float]:
 
 def _rounded(scores: dict[str, Any]) -> dict[str, float]:
     """The scores that a record keeps."""
-    # Rounding takes away 92.34000000000001, and nothing else: a share of up to 50,000 images has 4 places or fewer.
+    # Of accuracies this takes away 92.34000000000001 alone: a share of up to 50,000 images has 4 places or fewer.
     names = ("miou", "pixel_accuracy") if "miou" in scores else ("top1", "top5")
     try:
         return {key: round(scores[key], 4) for key in names}

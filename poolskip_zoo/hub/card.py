@@ -14,7 +14,7 @@ from timm.models import create_model
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from ..contexts import kept
+from ..contexts import write_atomic
 from ..data import DATASETS
 from ..diagnostics.cost import count_macs, count_parameters
 from ..layers import pool_skip_modules
@@ -55,7 +55,7 @@ _VERDICT = (
     "seeds) tests it against a convolution of x itself in the same places (C) and a deeper base of equal cost (F): it "
     "is not shown that Pool Skip helps (B − C = -0.88 [-3.47, +1.71], B − F = +0.90 [-0.86, +2.66]; test accuracy in "
     "points, 95 % intervals). Its mechanism, fewer inert filters, is not supported, nor was it put to the test: no run "
-    "has any."
+    "of the study has any."
 )
 
 
@@ -133,7 +133,7 @@ def write_card(record: Checkpoint, folder: Path) -> None:
         RuntimeError: if there are no weights or they do not fit.
     """
     if not record.sha256:
-        _write(folder / "README.md", card_text(record).encode())
+        write_atomic(folder / "README.md", card_text(record).encode())
         return
     if not (folder / WEIGHTS).is_file():
         raise RuntimeError(f"{folder} has no {WEIGHTS}: `poolskip hub add RUN_FOLDER` puts it there")
@@ -144,8 +144,8 @@ def write_card(record: Checkpoint, folder: Path) -> None:
     if not (folder / "golden.safetensors").is_file():
         contents["golden.safetensors"] = golden(record, folder / WEIGHTS)
     for name, content in contents.items():
-        _write(folder / name, content)
-    _write(folder / "SHA256SUMS", checksums(folder).encode())
+        write_atomic(folder / name, content)
+    write_atomic(folder / "SHA256SUMS", checksums(folder).encode())
 
 
 def check_front_matter(card: str) -> None:
@@ -384,8 +384,3 @@ def _limits(record: Checkpoint, model: nn.Module) -> str:
 
 def _wrapped(text: str, indent: str = "") -> str:
     return textwrap.fill(text, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with kept(path) as temporary:
-        temporary.write_bytes(content)

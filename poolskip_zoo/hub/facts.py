@@ -1,8 +1,10 @@
 """Facts about registered models, for `poolskip info`, tables and cards."""
 
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
+import torch
 from timm.models import create_model, get_arch_pretrained_cfgs
 
 from ..diagnostics.cost import count_macs, count_parameters, measure_latency
@@ -55,8 +57,9 @@ def describe(name: str, latency: bool = False) -> dict[str, Any]:
         for each, model in zip((arch, base_name(arch)), models, strict=True)
     ]
     if latency:
-        on_cpu = build()
-        for fact, milliseconds in zip(facts, measure_latency(on_cpu, cfg.input_size), strict=True):
+        x = torch.rand(1, *cfg.input_size)
+        programs = [partial(model.eval(), x) for model in build()]
+        for fact, milliseconds in zip(facts, measure_latency(programs), strict=True):
             fact["latency_ms"] = milliseconds
     variant, base = facts
     places = [

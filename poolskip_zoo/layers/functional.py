@@ -206,16 +206,6 @@ def _captures_keys() -> bool:
     return is_graph_capture() and not _stock_captures.count
 
 
-@torch.jit.unused
-def runs_eagerly() -> bool:
-    """Whether window maxima take the stock form now: neither captured nor in deterministic mode.
-
-    Returns:
-        True where `lean.py` may stand in for autograd's own records.
-    """
-    return not is_graph_capture() and not torch.are_deterministic_algorithms_enabled()
-
-
 def _eager_maxima(x: Tensor, window: list[int]) -> Tensor:
     if trains_by_autograd(x):
         return window_maxima_for_training(x, window)
@@ -263,19 +253,27 @@ def first_maximum_mask(x: Tensor, window: list[int], ceil_mode: bool) -> Tensor:
     cells = 1
     for e in window:
         cells = cells * e
-    if cells > _largest_exact_key(x.dtype):
+    if cells > largest_exact_key(x.dtype):
         return pool_with_mask(x.detach(), window, ceil_mode)[1]
     x = x.detach()
     size = list(x.shape[2:])
     is_max = x == upsample(pool(x, window, ceil_mode), window, size)
-    keys = is_max.to(x.dtype) * _window_keys(x, window)
+    keys = is_max.to(x.dtype) * window_keys(x, window)
     # Keys start at 1, and 0 marks what is no maximum: neither a NaN window (all 0) nor the rest that floor mode
     # leaves out (filled with more than any key) may exceed it.
     first = pool(keys, window, ceil_mode).clamp(min=1) - 0.5
     return keys > upsample(first, window, size, fill=float(cells))
 
 
-def _largest_exact_key(dtype: torch.dtype) -> int:
+def largest_exact_key(dtype: torch.dtype) -> int:
+    """Cells of the largest window whose keys, and halves between them, are exact.
+
+    Args:
+        dtype: type of the map.
+
+    Returns:
+        A power of 2.
+    """
     # 2 to the number of significant bits less one (IEEE 754; bfloat16 has 8): up to it halves are exact.
     if dtype == torch.bfloat16:
         return 128
@@ -325,7 +323,16 @@ def upsample(z: Tensor, window: list[int], size: list[int], fill: float = 0.0) -
     return z
 
 
-def _window_keys(x: Tensor, window: list[int]) -> Tensor:
+def window_keys(x: Tensor, window: list[int]) -> Tensor:
+    """Keys e²…1 of the cells of each window.
+
+    Args:
+        x: map that they are for.
+        window: window size along each of one to three spatial axes.
+
+    Returns:
+        (*spatial), in the type of `x`.
+    """
     # Descending over the window in row-major order: the first of equal maxima has the largest key.
     cells = 1
     for e in window:

@@ -29,12 +29,13 @@ def trains_by_autograd(*tensors: Tensor | None) -> bool:
         tensors: inputs and parameters; None is passed over.
 
     Returns:
-        False where nothing is recorded, or something else than autograd's tape records it, a DTensor for instance.
+        False where nothing is recorded, or a tensor is of a subclass, which may record it by itself (DTensor) or whose
+        results autograd takes for views (MetaTensor of MONAI).
     """
     return (
         torch.is_grad_enabled()
         and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-        and all(tensor is None or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ for tensor in tensors)
+        and all(tensor is None or type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
         and not is_transformed()
     )
 
@@ -46,12 +47,9 @@ def convolves_plainly(conv: nn.Module) -> bool:
         conv: any module.
 
     Returns:
-        False for subclasses, parametrised or wrapped modules, weights that are more than tensors, other paddings, and
-        where hooks watch the call.
+        False for subclasses, parametrised or wrapped modules, other paddings, and where hooks watch the call.
     """
     if type(conv) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or conv.padding_mode != "zeros":
-        return False
-    if type(conv.weight) not in (Tensor, nn.Parameter):
         return False
     # accelerate fetches offloaded weights in a `forward` of its own, set on the one module.
     if "forward" in conv.__dict__ or "_conv_forward" in conv.__dict__:
@@ -90,7 +88,8 @@ def add_conv_of_window_maxima(x: Tensor, window: list[int], conv: nn.Module) -> 
         (N, C, *spatial), the output alike.
 
     Returns:
-        Equal to the bit to the stock composition, which promotes types where autocast made the convolution's another.
+        Equal to the bit to `x + conv(window_maxima(x))`, which promotes types where autocast made the convolution's
+        another.
     """
     shared: list[Tensor | None] = []
     weight, bias, device, dtype = conv.weight, conv.bias, x.device.type, x.dtype

@@ -1,5 +1,6 @@
 """Where Pool Skip goes, as plain data: presets of model families, name patterns, predicates, and `auto`."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,7 +17,7 @@ Groups = int | Literal["auto", "depthwise"]
 PoolSize = int | tuple[int, ...]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = ("norm", "bn")
+_NORM = re.compile(r"[Nn]orm|BN|Bn|^bn")
 # A shortcut carries the signal past the convolutions; Pool Skip there would change what the block adds to.
 _SHORTCUTS = ("downsample", "shortcut", "skip", "project")
 # Classes whose 1×1 convolutions work on pooled 1×1 maps: squeeze-excite gates and channel attention.
@@ -185,7 +186,7 @@ def norm_after(model: nn.Module, name: str) -> tuple[str, nn.Module] | None:
         if inner is None:
             break
         path, module = f"{path}.{inner[0]}", inner[1]
-    return (path, module) if any(word in type(module).__name__.lower() for word in _NORMS) else None
+    return (path, module) if _NORM.search(type(module).__name__) else None
 
 
 def _reparameterised(model: nn.Module, name: str) -> str:
@@ -214,6 +215,8 @@ def refuses(model: nn.Module, name: str) -> str:
         return f"is a {type(module).__name__}: only Conv1d/2d/3d and Linear (on a patch grid) can have Pool Skip"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "is lazy and has no channels yet: run the model once first"
+    if not module.weight.is_floating_point():
+        return f"has weights of {module.weight.dtype}: only those of floating-point ones can have Pool Skip"
     if hasattr(module, "pool_skip"):
         return "has Pool Skip already: remove_pool_skip(model) first"
     merging = _reparameterised(model, name)

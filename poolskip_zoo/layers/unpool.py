@@ -16,7 +16,7 @@ def _only(name: str, value: object, allowed: object, instead: str) -> None:
         raise ValueError(f"{name}={value!r}: only {name}={allowed!r} is supported; {instead}")
 
 
-class _MaxPoolNd(nn.Module):
+class MaxPoolNd(nn.Module):
     dims: int
     window: list[int]
     ceil_mode: bool
@@ -78,7 +78,7 @@ class _MaxUnpoolNd(nn.Module):
         if output_size is not None and len(output_size) < dims:
             raise ValueError(f"output_size={list(output_size)}: expected at least {dims} sizes")
         size = default if output_size is None else list(output_size[len(output_size) - dims :])
-        places = mask.to(x.dtype)
+        places = mask
         # Without output_size no comparison of sizes: export would freeze its outcome.
         if output_size is None or size != list(mask.shape[2:]):
             if not torch.jit.is_scripting():
@@ -89,7 +89,10 @@ class _MaxUnpoolNd(nn.Module):
             places = F.pad(places, pads)
             for axis in range(dims):
                 places = places.narrow(axis + 2, 0, size[axis])
-        u = upsample(x, self.window, size) * places
+        u = upsample(x, self.window, size)
+        # Runtimes multiply faster than they select.
+        captured = torch.jit.is_scripting() or is_graph_capture()
+        u = u * places.to(x.dtype) if captured else torch.where(places, u, 0.0)
         return u.squeeze(0) if single else u
 
     @torch.jit.unused
@@ -107,7 +110,7 @@ class _MaxUnpoolNd(nn.Module):
         return f"kernel_size={tuple(self.window)}"
 
 
-class MaxPool1d(_MaxPoolNd):
+class MaxPool1d(MaxPoolNd):
     """Max pooling of sequences that also returns the mask of what it keeps; see `MaxPool2d`.
 
     Shape:
@@ -117,7 +120,7 @@ class MaxPool1d(_MaxPoolNd):
     dims = 1
 
 
-class MaxPool2d(_MaxPoolNd):
+class MaxPool2d(MaxPoolNd):
     """`torch.nn.MaxPool2d(return_indices=True)` for disjoint windows, with a mask in place of the indices.
 
     The mask holds True at the place of each window's maximum (the first in row-major order; of several NaN the last,
@@ -151,7 +154,7 @@ class MaxPool2d(_MaxPoolNd):
     dims = 2
 
 
-class MaxPool3d(_MaxPoolNd):
+class MaxPool3d(MaxPoolNd):
     """Max pooling of volumes that also returns the mask of what it keeps; see `MaxPool2d`.
 
     Shape:
@@ -171,7 +174,8 @@ class MaxUnpool2d(_MaxUnpoolNd):
     """`torch.nn.MaxUnpool2d` that takes the mask of `MaxPool2d` in place of indices.
 
     Values, gradients and sizes equal torch's pair wherever torch's is right: with `output_size` omitted for a width
-    that the window does not divide, torch misreads its flat indices; the mask keeps rows and columns.
+    that the window does not divide, torch misreads its flat indices; the mask keeps rows and columns. While tracing,
+    scripting or exporting NaN and inf give NaN in their whole window, and zeros may have another sign.
 
     Args:
         kernel_size: window size e in pixels, at least 1; an int or (height, width).

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from ..contexts import kept
+from ..pictures import new_figure, save_figure
 from .results import ARMS, COMPARED, LayerRow, Run, chosen, decays
 
 __all__ = ["draw_cost", "draw_depth"]
@@ -22,7 +22,7 @@ def draw_cost(path: Path, runs: Sequence[Run]) -> None:
         ImportError: if matplotlib is missing; it names the extra to install.
     """
     nets = list(dict.fromkeys(run.net for run in runs))
-    figure = _figure(6 * len(nets), 5)
+    figure = new_figure(6 * len(nets), 5)
     named: dict[str, Any] = {}
     for axes, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
         arms = {arm: own for arm in ARMS if (own := chosen(runs, net, arm))}
@@ -48,7 +48,7 @@ def draw_cost(path: Path, runs: Sequence[Run]) -> None:
         axes.margins(0.1)
         axes.grid(alpha=0.3)
     figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=4, fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_depth(path: Path, runs: Sequence[Run], layers: Sequence[LayerRow]) -> None:
@@ -70,9 +70,7 @@ def draw_depth(path: Path, runs: Sequence[Run], layers: Sequence[LayerRow]) -> N
     columns = [(net, decay) for net in dict.fromkeys(run.net for run in runs) for decay in decays(runs, net)]
     if not columns:
         raise ValueError("no weight decay has several seeds of each of A, B and C: there is nothing to draw over depth")
-    figure = _figure(4.2 * len(columns), 6.4)
-    from matplotlib.ticker import MaxNLocator
-
+    figure = new_figure(4.2 * len(columns), 6.4)
     grid = figure.subplots(len(measures), len(columns), squeeze=False, sharey="row", sharex=True)
     for row, (label, value) in zip(grid, measures.items(), strict=True):
         for axes, (net, decay) in zip(row, columns, strict=True):
@@ -85,7 +83,7 @@ def draw_depth(path: Path, runs: Sequence[Run], layers: Sequence[LayerRow]) -> N
                 ]
                 for kind in ("base", "pool_skip"):
                     _plot(axes, [layer for layer in of_arm if layer.kind == kind], value, arm)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
         row[0].set_ylabel(label)
         row[0].set_ylim(0, None if row[0].get_ylim()[1] > 0.06 else 0.06)
@@ -94,7 +92,7 @@ def draw_depth(path: Path, runs: Sequence[Run], layers: Sequence[LayerRow]) -> N
     for axes in grid[-1]:
         axes.set_xlabel("depth: convolutions in the model's order")
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _plot(axes: Any, layers: list[LayerRow], value: Callable[..., float | None], arm: str) -> None:
@@ -115,16 +113,3 @@ def _plot(axes: Any, layers: list[LayerRow], value: Callable[..., float | None],
 
 def _colour(arm: str) -> str:
     return f"C{list(ARMS).index(arm)}"
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'poolskip-zoo[train]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Any, path: Path) -> None:
-    with kept(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)

@@ -40,6 +40,7 @@ def make_accelerator(recipe: Recipe, cpu: bool = False) -> Accelerator:
         import tqdm  # noqa: F401
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
+        from accelerate.utils import GradientAccumulationPlugin
     except ImportError as error:
         raise RuntimeError(f"training needs {error.name}: pip install 'poolskip-zoo[train]'") from error
     cpu = cpu or not torch.cuda.is_available()
@@ -49,7 +50,9 @@ def make_accelerator(recipe: Recipe, cpu: bool = False) -> Accelerator:
         raise ValueError("sync_bn=True needs a GPU: torch has no synchronised BatchNorm for CPUs")
     AcceleratorState._reset_state()  # one process may train several recipes, of different precision
     precision = "no" if recipe.precision == "fp32" else recipe.precision
-    return Accelerator(cpu=cpu, mixed_precision=precision)
+    # The loop accumulates by the recipe; what the environment says would scale gradients a second time.
+    once = GradientAccumulationPlugin(num_steps=1)
+    return Accelerator(cpu=cpu, mixed_precision=precision, gradient_accumulation_plugin=once)
 
 
 def is_known(model: str) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..contexts import write_atomic
 from ..data import DATASETS
 from . import build
 from .evaluate import Batches, describe
@@ -29,7 +30,6 @@ from .state import (
     save_checkpoint,
     save_weights,
     seed_step,
-    write_atomic,
 )
 from .task import TrainBatches, make_task
 
@@ -197,7 +197,7 @@ class _Run:
         weights, fresh = init_weights(path, self.model)
         for model in (self.model, *([self.ema.module] if self.ema is not None else [])):
             model.load_state_dict(weights)
-        self.seconds = init_seconds(path)
+        self.seconds = init_seconds(self.recipe, path)
         return f"starts from {path}" + (f", {', '.join(fresh)} fresh" if fresh else "")
 
     def fit(self, checkpoint_steps: int, limit_steps: int, late: Callable[[], bool]) -> bool:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import yaml
 
+from ..contexts import write_atomic
 from .loop import train
 from .recipe import RECIPE_DIR, Recipe, load_recipe, read_yaml
-from .state import finished_metrics, run_folder, write_atomic
+from .state import finished_metrics, run_folder
 
 SUMMARY = "results.csv"
 COLUMNS = ("name", "seed", "state", "parameters", "epochs", "hours", "hardware")  # then the scores, as val_ and test_
@@ -82,14 +83,12 @@ def load_list(
     part, parts = share
     if not 1 <= part <= parts <= len(entries):
         raise ValueError(f"share {part}/{parts}: expected I/N, I of 1 to N, N at most {len(entries)}, the entries")
-    recipes = [recipe for entry in entries for recipe in _expand(path, entry, Path(output))]
-    folders = [(recipe.name, recipe.seed) for recipe in recipes]
+    expanded = [list(_expand(path, entry, Path(output))) for entry in entries]
+    folders = [(recipe.name, recipe.seed) for recipes in expanded for recipe in recipes]
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
     if twice:
         raise ValueError(f"{path} has {twice[0]} with seed {twice[1]} twice: give one another name in `set`")
-    if parts == 1:
-        return recipes
-    return [recipe for entry in entries[part - 1 :: parts] for recipe in _expand(path, entry, Path(output))]
+    return [recipe for recipes in expanded[part - 1 :: parts] for recipe in recipes]
 
 
 def _expand(path: Path, entry: Any, output: Path) -> Iterator[Recipe]:
@@ -299,7 +298,7 @@ def split_weights(folder: Path, part_size: str) -> None:
 
     parts = folder / "parts"
     if not parts.exists():
-        with tempfile.TemporaryDirectory(".tmp", ".parts.", folder) as temporary:
+        with tempfile.TemporaryDirectory(prefix=".tmp", dir=folder) as temporary:
             new = Path(temporary) / "parts"
             new.mkdir()
             save_torch_state_dict(load_file(folder / "model.safetensors"), new, max_shard_size=part_size)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..contexts import explain_full_disk
-from .state import write_atomic
+from ..contexts import explain_full_disk, write_atomic
+from ..pictures import new_figure, save_figure
 
 Row = dict[str, Any]
 
@@ -89,15 +89,9 @@ def draw_curves(path: Path, history: list[Row], title: str) -> None:
         title: Heading.
 
     Raises:
-        RuntimeError: If matplotlib is missing or the disk is full.
+        ImportError: If matplotlib is missing.
+        RuntimeError: If the disk is full.
     """
-    import io
-
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError("curves need matplotlib: pip install 'poolskip-zoo[train]'") from error
     panels = [
         ("loss", ("train_loss", "val_loss"), "train: as trained, val: cross entropy"),
         ("scores", ("val_top1", "val_top5", "val_miou", "val_pixel_accuracy"), "on held-out images, %"),
@@ -105,8 +99,7 @@ def draw_curves(path: Path, history: list[Row], title: str) -> None:
     ]
     # No scores where nothing is held out.
     panels = [each for each in panels if any(row.get(key) is not None for row in history for key in each[1])]
-    figure = Figure(figsize=(3.7 * len(panels), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.7 * len(panels), 3.4)
     figure.suptitle(title)
     for axes, (name, keys, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.set(title=name, xlabel="epoch", ylabel=label)
@@ -117,9 +110,7 @@ def draw_curves(path: Path, history: list[Row], title: str) -> None:
         if axes.lines and len(keys) > 1:
             axes.legend()
         axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_atomic(path, buffer.getbuffer())
+    save_figure(figure, path)
 
 
 def hardware(device: torch.device, processes: int) -> str:

@@ -80,14 +80,18 @@ def init_weights(path: Path, model: nn.Module) -> tuple[dict[str, torch.Tensor],
     return given | {key: own[key] for key in other}, other
 
 
-def init_seconds(path: Path) -> float:
-    """Tell how long weights were trained.
+def init_seconds(recipe: Recipe, path: Path) -> float:
+    """Tell how long the weights that a run starts from were trained.
 
     Args:
-        path: Weights of a finished run, or any others.
+        recipe: The run, with ``init``.
+        path: What `init_file` found for it.
 
     Returns:
-        Seconds by the ``metrics.json`` beside them, 0 where there is none.
+        Seconds by the ``metrics.json`` beside them or the checkpoint's record, 0 where there is neither.
     """
     metrics = path.with_name("metrics.json")
-    return float(json.loads(metrics.read_text(encoding="utf-8")).get("seconds", 0)) if metrics.is_file() else 0.0
+    if metrics.is_file():
+        return float(json.loads(metrics.read_text(encoding="utf-8")).get("seconds", 0))
+    checkpoint = None if Path(recipe.init).is_file() else find(recipe.init)
+    return 3600 * checkpoint.hours if checkpoint else 0.0

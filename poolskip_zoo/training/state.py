@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import yaml
 
-from ..contexts import explain_full_disk
+from ..contexts import explain_full_disk, write_atomic
 from ..data.augment import random_bits
 from .recipe import Recipe, make_recipe, read_yaml
 
@@ -98,7 +98,7 @@ def open_folder(folder: Path, resume: bool) -> int | None:
     with explain_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
-    for path in (*folder.glob(".*.tmp"), *(folder / name for name in FILES if not resume)):
+    for path in (*folder.glob(".tmp*"), *(folder / name for name in FILES if not resume)):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return lock
 
@@ -132,29 +132,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     random.seed(bits)
     np.random.seed(bits & 0xFFFFFFFF)
     torch.manual_seed(bits >> 1)
-
-
-def write_atomic(path: Path, data: bytes | memoryview, kept: str = "") -> None:
-    """Write a file whole or not at all: to a temporary name, synced, then renamed.
-
-    Args:
-        path: The file; its folder must exist.
-        data: Contents.
-        kept: Sentence for the error on a full disk.
-
-    Raises:
-        RuntimeError: If the disk is full; what was there before is intact.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with explain_full_disk(path, kept):
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:

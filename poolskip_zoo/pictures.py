@@ -1,0 +1,42 @@
+"""Pictures by matplotlib, which is an extra: figures, and their files."""
+
+from pathlib import Path
+from typing import Any
+
+from .contexts import kept
+
+__all__ = ["new_figure", "save_figure"]
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Make a figure that needs no display.
+
+    Args:
+        width: inches.
+        height: inches.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: if matplotlib is missing; it names the extra to install.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'poolskip-zoo[train]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG.
+
+    Args:
+        figure: the figure.
+        path: the file.
+
+    Raises:
+        RuntimeError: if the disk is full.
+    """
+    with kept(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
