@@ -126,6 +126,8 @@ def lower_unpooling(
             raise ValueError("example=None: a module is captured with example arguments; pass a tensor or a tuple")
         check_drop_in(model, target, lowering)
         model = capture(model, as_args(example), dynamic_shapes)
+    else:
+        model = _functional(model)
     return lower_program(model, target, lowering, {"keys": forms.keys, "arith": forms.arith, "scatter": forms.scatter})
 
 
@@ -181,16 +183,22 @@ def capture(model: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = "auto
     torch.set_deterministic_debug_mode("default")
     try:
         with functional.capture_stock(), torch.no_grad():
-            return torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
+            return _functional(torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False))
     except (GuardOnDataDependentSymNode, UserError) as error:
         if "data-dependent" not in str(error) and not isinstance(error, GuardOnDataDependentSymNode):
             raise
         raise ValueError(
-            f"sizes depend on values, which no graph can hold ({str(error).strip().splitlines()[0]}); "
-            "compute them from shapes, for example output_size=x.shape[-2:]"
+            f"a size or a branch depends on values, which no graph can hold ({str(error).strip().splitlines()[0]}); "
+            "compute sizes from shapes, for example output_size=x.shape[-2:], and choose values by torch.where"
         ) from error
     finally:
         torch.set_deterministic_debug_mode(mode)
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """Without operators in place: forms are written where the unpooling is, and read the map that was pooled."""
+    schemas = [getattr(node.target, "_schema", None) for node in program.graph.nodes]
+    return program.run_decompositions({}) if any(schema and schema.is_mutable for schema in schemas) else program
 
 
 def _open_sizes(value: Any) -> dict[int, Any] | None:
@@ -219,6 +227,8 @@ def lower_program(
     """
     module = program.module()
     assert isinstance(module, GraphModule)
+    if lowering != "scatter":
+        _check_branches(module)
     graph, choice, blocks = module.graph, check_target(target, lowering, onnx=False), []
     for unpooling, equal in unpoolings(graph).items():
         # Exporters merge equal nodes, and each unpooling is looked for in what they write.
@@ -236,7 +246,7 @@ def lower_program(
         assert used is not None
         blocks.append(pair.block(used, reason))
         if used == "scatter":
-            _replace(graph, unpooling, written[used], tuple(unpooling.args[:3]))
+            pair.scatter(graph, written[used])
         elif used in written:
             pair.write(graph, written[used])
     graph.eliminate_dead_code()
@@ -246,6 +256,15 @@ def lower_program(
     module.recompile()
     module.meta["unpooling"] = tuple(blocks)
     return module
+
+
+def _check_branches(module: GraphModule) -> None:
+    for name, part in module.named_modules():
+        for unpooling in unpoolings(part.graph) if name and isinstance(part, GraphModule) else ():
+            raise ValueError(
+                f"node {unpooling.name!r} ({_source(unpooling)}) lies inside torch.cond or the like, where unpoolings "
+                "are not lowered: compute both branches and choose by torch.where; lowering='scatter' leaves it as is"
+            )
 
 
 def unpoolings(graph: Graph) -> dict[Node, list[Node]]:
@@ -376,13 +395,23 @@ class _Pair(_Pooling):
         values, x = self.unpooling.args[0], self.x
         window = [*self.window, *[1] * (self.dims - len(self.window))]
         own = self._own() is not None
+        if len(self.window) == 1:
+            x = _lifted(graph, self.pooling, x)
+        self._exchange(graph, form, (values, x), (window, self.ceil_mode, own), self.batched)
+
+    def scatter(self, graph: Graph, form: Callable[..., Tensor]) -> None:
+        """Call the form of the index tensor on a batched map in place of the unpooling."""
+        values, indices, size = self.unpooling.args[:3]
+        self._exchange(graph, form, (values, indices), (size,), _value(values).dim() == self.dims + 2)
+
+    def _exchange(
+        self, graph: Graph, form: Callable[..., Tensor], maps: tuple[Any, ...], rest: tuple[Any, ...], batched: bool
+    ) -> None:
         with graph.inserting_before(self.unpooling):
-            if len(self.window) == 1:
-                x = _lifted(graph, self.pooling, x)
-            if not self.batched:
-                values, x = (graph.call_function(_aten.unsqueeze.default, (each, 0)) for each in (values, x))
-            result = graph.call_function(form, (values, x, window, self.ceil_mode, own))
-            if not self.batched:
+            if not batched:
+                maps = tuple(graph.call_function(_aten.unsqueeze.default, (each, 0)) for each in maps)
+            result = graph.call_function(form, (*maps, *rest))
+            if not batched:
                 result = graph.call_function(_aten.squeeze.dim, (result, 0))
         self.unpooling.replace_all_uses_with(result)
         graph.erase_node(self.unpooling)
@@ -411,13 +440,6 @@ def _drop_unused_indices(graph: Graph, pooling: Any) -> None:
     for user in list(pooling.users):
         user.replace_all_uses_with(pooled)
         graph.erase_node(user)
-
-
-def _replace(graph: Graph, node: Node, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    with graph.inserting_before(node):
-        result = graph.call_function(function, args)
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)
 
 
 def _spread(size: Any, axes: int) -> list[int]:

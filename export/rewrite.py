@@ -95,6 +95,9 @@ class _File:
         self.open_sizes = any(open_axes(value) - {0} for value in self.inputs)
         if example is not None and size is not None:
             raise ValueError(f"size={tuple(size)!r}: the arrays of example= have their own; give one of the two")
+        if example is not None and (not isinstance(example, list | tuple) or len(example) != len(self.inputs)):
+            names = ", ".join(value.name for value in self.inputs)
+            raise ValueError(f"example: {self.name} takes a list of {len(self.inputs)} arrays, of {names}")
         if size is not None:
             check_size(self.inputs, size, self.name)
         self.given, self.size = [list(example)] if example is not None else None, size
@@ -302,6 +305,8 @@ def _load(source: Path) -> Any:
         model = onnx.load(str(source), load_external_data=False)
     except Exception as error:
         raise ValueError(f"{source} is no ONNX file: {verify.first_line(error)}") from error
+    if not model.graph.node:
+        raise ValueError(f"{source} is no ONNX file: it holds no graph")
     try:
         onnx.load_external_data_for_model(model, str(source.parent))
     except Exception as error:

@@ -126,8 +126,10 @@ class Unpooling:
             return f"dilation {dilation}"
         if math.prod(window) > MOST_CELLS:
             return f"a window of {math.prod(window)} cells has more than {MOST_CELLS}"
-        if seen[self.x.name].dtype.kind != "f":
+        if seen[self.x.name].dtype not in (np.float16, np.float32):  # ONNX Runtime resizes no others
             return f"values of type {seen[self.x.name].dtype}"
+        if attributes.get("storage_order") is not None and attributes["storage_order"].as_int():
+            return "storage_order 1: its indices count by columns"
         if automatic == "SAME_LOWER" or (automatic == "SAME_UPPER" and self._padded_before(seen, open_sizes)):
             return f"padding {automatic}"
         # Where sizes are open, only padding of one cell less than the window is ceil_mode at every size.

@@ -58,7 +58,7 @@ def to_coreml(
         import coremltools
     except ImportError as error:
         raise ImportError("the export needs coremltools: pip install coremltools") from error
-    facts = described("coreml", lowered.blocks, dynamic=list(dynamic), **(metadata or {}))
+    facts = described("coreml", lowered.blocks, dynamic=list(dynamic)) | dict(metadata or {})
     report: dict[str, Any] = {"file": path.name, **facts, "checked_in": "PyTorch before the conversion; not run"}
 
     def build(side: nn.Module, inputs: tuple[Tensor, ...], form: str) -> Run:

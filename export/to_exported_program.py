@@ -53,7 +53,7 @@ def to_exported_program(
     with torch.no_grad():
         program = torch.export.export(lowered, inputs[0], dynamic_shapes=shapes_of(inputs[0], dynamic), strict=False)
     blocks = [block.to_dict() for block in blocks_of(lowered)]
-    facts = described("pt2", blocks, dynamic=list(dynamic), **(metadata or {}))
+    facts = described("pt2", blocks, dynamic=list(dynamic)) | dict(metadata or {})
     report = {"file": path.name, **facts, "checked_in": "PyTorch CPU", "blocks": blocks}
     with kept(path) as temporary:
         buffer = io.BytesIO()  # on a full disk torch's own writer ends the process

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from ..contexts import kept
 from . import verify
 from .inputs import axes_of, capture_open, check_arguments, shapes_of, unguarded
-from .lower import as_args, blocks_of, lower_program
+from .lower import as_args, blocks_of, lower_program, unpoolings
 from .targets import check_drop_in, check_mode, check_output, check_target
 from .verify import KEY, write_report
 
@@ -87,6 +87,7 @@ def to_onnx(
             raise ValueError(f"half=True: the model has {len(args)} inputs, and one is supported")
         model = Half(model).eval()
     inputs, program = capture_open(model, args, dynamic)
+    _check_types(program, half)
     args = inputs[0]
     with _explained():
         from .onnx_forms import OPERATORS
@@ -94,7 +95,7 @@ def to_onnx(
         lowered = unguarded(lower_program(program, target, lowering, OPERATORS))
         proto, made = _export(lowered, args, dynamic, opset)
     blocks = [block.to_dict(half) for block in blocks_of(lowered)]
-    facts = verify.described(target, blocks, opset=opset, half=half, dynamic=list(dynamic), **(metadata or {}))
+    facts = verify.described(target, blocks, opset=opset, half=half, dynamic=list(dynamic)) | dict(metadata or {})
     _finish(proto, args, dynamic, facts)
     report = {"file": path.name, **facts, "checked_in": verify.checked_in(choice.runtime), "blocks": blocks}
     report.pop("class_names", None)
@@ -108,6 +109,16 @@ def to_onnx(
         verify.judge(report["outputs"], path)
         _write_beside(path, report)
     return report
+
+
+def _check_types(program: Any, half: bool) -> None:
+    """Refuse maps that the runtimes do not resize; the checks feed float32 or, of a half model, float16."""
+    wanted = torch.float16 if half else torch.float32
+    for unpooling in unpoolings(program.graph):
+        dtype = unpooling.args[0].meta["val"].dtype
+        if dtype != wanted:
+            way_out = "" if half or dtype != torch.float16 else "; half=True makes a float16 file of a float32 model"
+            raise ValueError(f"node {unpooling.name!r} unpools {dtype}: expected {wanted}{way_out}")
 
 
 def compared(

@@ -55,7 +55,7 @@ def to_openvino(
     except ImportError as error:
         raise ImportError("the export needs openvino: pip install 'poolskip-zoo[export]'") from error
     with kept(path) as converted:
-        onnx_file = converted.with_name("model.onnx")
+        onnx_file = converted.with_suffix(".onnx")
         report = to_onnx(
             model, example, onnx_file, "openvino", dynamic=dynamic, half=half, lowering=lowering, metadata=metadata
         )

@@ -57,7 +57,7 @@ def to_torchscript(
     with torch.no_grad():
         inputs = first_fit(open_inputs(args, dynamic), dynamic, partial(run_at, model))
         module = torch.jit.script(model) if method == "script" else _trace(model, inputs[0])
-    facts = described("torchscript", (), method=method, dynamic=list(dynamic), **(metadata or {}))
+    facts = described("torchscript", (), method=method, dynamic=list(dynamic)) | dict(metadata or {})
     report = {"file": path.name, **facts, "checked_in": "PyTorch CPU"}
     with kept(path) as temporary:
         buffer = io.BytesIO()  # on a full disk torch's own writer ends the process

@@ -50,7 +50,7 @@ def load_model(
     """Make a timm model, ours or not, or say in one line why there is none.
 
     Args:
-        name: name that `timm.create_model` takes, `local-dir:FOLDER` included.
+        name: name that `timm.create_model` takes, `local-dir:FOLDER` included, or such a folder.
         pretrained: whether with weights.
         way_out: what to do where there are none, for the message.
 
@@ -67,6 +67,8 @@ def load_model(
     from .registry.catalogue import registered_models
     from .registry.resolve import require_warm_start
 
+    if Path(name, "config.json").is_file() and not is_model(name):
+        name = f"local-dir:{name}"
     if name.startswith("local-dir:"):
         _check_config(Path(name.removeprefix("local-dir:"), "config.json"))
     elif ":" not in name:
@@ -103,7 +105,7 @@ class Classifier:
         model: a timm model with a classifier.
 
     Raises:
-        ValueError: if the model has no classifier.
+        ValueError: if the model has no classifier, or takes no RGB images.
     """
 
     def __init__(self, model: Any) -> None:
@@ -111,8 +113,11 @@ class Classifier:
 
         if not model.num_classes:
             raise ValueError(f"{type(model).__name__} has no classifier: num_classes is 0")
+        config = resolve_model_data_config(model)
+        if config["input_size"][0] != 3:
+            raise ValueError(f"{type(model).__name__} takes {config['input_size'][0]} channels: images are read as RGB")
         self.model = model.eval()
-        self.transform = create_transform(**resolve_model_data_config(model))
+        self.transform = create_transform(**config)
         labels = model.pretrained_cfg.get("label_names") or ()
         subset = infer_imagenet_subset(model)
         if len(labels) == model.num_classes:

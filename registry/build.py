@@ -1,16 +1,16 @@
 """The one way every entrypoint builds its model: verified weights in, keys checked, timm's builder in between."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs
 from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from .checkpoint import SUFFIX, find
+from .checkpoint import find
 from .resolve import local_weights, require_warm_start
 
 __all__ = ["VIT_POOLING", "create"]
@@ -41,7 +41,9 @@ def create(
     """Build a registered model through timm's `build_model_with_cfg`.
 
     Arguments that the record of a trained checkpoint carries are applied where its tag is named, or is the one to load;
-    the caller's own keywords win over them.
+    the caller's own keywords win over them, entry by entry in `pool_skip`. Fresh weights come with the configuration of
+    the first warm start, that of timm's model of the base's name, where there is one: a trained checkpoint may be of
+    other data.
 
     Args:
         model_class: class to build.
@@ -63,12 +65,20 @@ def create(
         ValueError: if a setting is unknown.
     """
     carried: dict[str, Any] = {}
-    if pretrained or pretrained_cfg:
+    # Who names a trained checkpoint wants that one, and no base weights of a file in its place.
+    named = isinstance(pretrained_cfg, str) and find(f"{variant}.{pretrained_cfg}") is not None
+    if not (pretrained or pretrained_cfg or pretrained_cfg_overlay):
+        tags = [cfg.tag for cfg in get_arch_pretrained_cfgs(variant).values()]
+        pretrained_cfg = next((tag for tag in tags if tag and find(f"{variant}.{tag}") is None), None)
+    elif pretrained or pretrained_cfg:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
         checkpoint = find(f"{variant}.{cfg.tag}")
         # A folder has its own arguments, which timm passes on; its tag may be that of what it was trained from.
         if checkpoint is not None and not cfg.source:
             carried = {key: value for key, value in checkpoint.model_args.items() if key not in kwargs}
+            kwargs = _merged(kwargs, checkpoint.model_args)
+        else:
+            kwargs = _merged(kwargs, kwargs.get("pretrained_model_args") or {})
         if not pretrained or cfg.source or cfg.file or cfg.state_dict:
             pass
         elif checkpoint is None:
@@ -83,7 +93,9 @@ def create(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=pretrained_cfg_overlay,
         pretrained_strict=pretrained_strict,
-        pretrained_filter_fn=partial(_fit, filter_fn=filter_fn, optional=optional, strict=pretrained_strict),
+        pretrained_filter_fn=partial(
+            _fit, filter_fn=filter_fn, optional=optional, strict=pretrained_strict, warm=not named
+        ),
         cache_dir=cache_dir,
         **carried,
         **kwargs,
@@ -94,8 +106,14 @@ def create(
     return model
 
 
+def _merged(kwargs: dict[str, Any], of_source: Mapping[str, Any]) -> dict[str, Any]:
+    """The caller's keywords, with what their `pool_skip` leaves open as the source has it."""
+    given, known = kwargs.get("pool_skip"), of_source.get("pool_skip")
+    return {**kwargs, "pool_skip": {**known, **given}} if isinstance(given, dict) and known else kwargs
+
+
 def _fit(
-    state_dict: StateDict, model: Any, filter_fn: FilterFn | None, optional: tuple[str, ...], strict: bool
+    state_dict: StateDict, model: Any, filter_fn: FilterFn | None, optional: tuple[str, ...], strict: bool, warm: bool
 ) -> StateDict:
     """Adapt a checkpoint to the model and refuse one that does not fit, which timm does not do in every case."""
     if filter_fn is not None:
@@ -105,17 +123,12 @@ def _fit(
             raise RuntimeError(f"cannot convert this checkpoint for {_name(model)}: {error}") from error
     own = model.state_dict()
     new = [key for key in own if ".pool_skip." in key]
-    if new and _is_warm_start(model) and not any(".pool_skip." in key for key in state_dict):
+    if warm and new and not any(".pool_skip." in key for key in state_dict):
         state_dict = {**state_dict, **{key: torch.zeros_like(own[key]) for key in new}}
         _logger.info("%s is a warm start: the weights of the base model, Pool Skip at zero", _name(model))
     if strict:
         _check_keys(state_dict, own, model, optional)
     return state_dict
-
-
-def _is_warm_start(model: Any) -> bool:
-    arch, tag = model.pretrained_cfg["architecture"], model.pretrained_cfg.get("tag")
-    return arch.endswith(SUFFIX) and find(f"{arch}.{tag}") is None
 
 
 def _check_keys(state_dict: StateDict, own: StateDict, model: Any, optional: tuple[str, ...]) -> None:

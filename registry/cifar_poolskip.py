@@ -5,7 +5,7 @@ from typing import Any
 from timm.models import PretrainedCfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.vgg import cfgs as vgg_cfgs
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
 from ..models.cifar import (
@@ -179,7 +179,8 @@ def _vit(variant: str, pretrained: bool, kwargs: dict[str, Any], **model_args: A
     feature_cfg = {"out_indices": out_indices, "feature_cls": "getter"}
     sizes = {"embed_dim": 192, "num_heads": 3, **model_args, **kwargs}
     optional = VIT_POOLING if "global_pool" in kwargs else ()
-    return create(model_class, variant, pretrained, optional=optional, feature_cfg=feature_cfg, **sizes)
+    shared: dict[str, Any] = {"filter_fn": checkpoint_filter_fn, "optional": optional, "feature_cfg": feature_cfg}
+    return create(model_class, variant, pretrained, **shared, **sizes)
 
 
 @register_model

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import load_state_dict
 from torch import nn
 
 from ..data import DATASETS
@@ -72,7 +73,7 @@ def load_weights(model: ModelT, path: Path) -> ModelT:
 
     Args:
         model: the model.
-        path: safetensors file.
+        path: safetensors file, or a checkpoint of timm's scripts, of which the moving average counts if it has one.
 
     Returns:
         The model.
@@ -81,9 +82,15 @@ def load_weights(model: ModelT, path: Path) -> ModelT:
         RuntimeError: if the file cannot be read or does not fit; it is named.
     """
     try:
-        model.load_state_dict(load_file(path))
+        # Of timm's scripts tensors and plain values alone: a pickle of anything else is refused.
+        own = path.suffix == ".safetensors"
+        state = load_file(path) if own else load_state_dict(str(path), weights_only=True)
     except SafetensorError as error:
         raise RuntimeError(f"{path} is no readable safetensors file: {error}") from error
+    except RuntimeError as error:
+        raise RuntimeError(f"{path} is no checkpoint that can be read: {str(error).splitlines()[0]}") from error
+    try:
+        model.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise RuntimeError(f"{path} does not fit {type(model).__name__}: {reason}") from error

@@ -86,6 +86,7 @@ def _register(smp: ModuleType) -> None:
         }
     for wrapped in (_get_encoder, _get_preprocessing_params):
         _wrap(getattr(smp.encoders, wrapped.__name__[1:]), wrapped)
+    smp.base.SegmentationModel.generate_model_card = _card_with_import(smp.base.SegmentationModel.generate_model_card)
     heads: dict[str, type] = {
         "unet_poolskip": UnetPoolSkip,
         "deeplabv3_poolskip": DeepLabV3PoolSkip,
@@ -99,11 +100,28 @@ def _register(smp: ModuleType) -> None:
 
 
 def _wrap(original: Callable[..., Any], wrapper: Callable[..., Any]) -> None:
-    """Put the wrapper wherever smp has the function: every decoder imports it by name."""
+    """Put the wrapper wherever the function is: every decoder of smp imports it by name, and others may have."""
     bound = functools.wraps(original)(functools.partial(wrapper, original))
-    for name, module in list(sys.modules.items()):
-        if name.startswith(f"{_SMP}.") and vars(module).get(original.__name__) is original:
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(original.__name__) is original:
             setattr(module, original.__name__, bound)
+
+
+def _card_with_import(original: Callable[..., Any]) -> Callable[..., Any]:
+    """smp's card, of models of ours with the import by which smp knows them."""
+    from ..layers import pool_skip_modules
+    from ..models.segmentation.head import PoolSkipHead
+
+    @functools.wraps(original)
+    def generate_model_card(self: Any, *args: Any, **kwargs: Any) -> Any:
+        card = original(self, *args, **kwargs)
+        if isinstance(self, PoolSkipHead) or pool_skip_modules(self):
+            first = "import segmentation_models_pytorch as smp\n"
+            card.text = card.text.replace(first, f"{first}\nimport poolskip_zoo  # registers the model with smp\n", 1)
+            card.data.tags.append("pool-skip")
+        return card
+
+    return generate_model_card
 
 
 def _get_encoder(
@@ -123,7 +141,13 @@ def _get_encoder(
         kwargs.setdefault("stem_stride", 4)
     # smp's own class for tu- looks at the maps of a model that it makes without the keywords.
     if name not in encoder_names() and not small_stem:
-        return original(name, in_channels, depth, weights, output_stride, **kwargs)
+        try:
+            return original(name, in_channels, depth, weights, output_stride, **kwargs)
+        except AssertionError as error:
+            if output_stride == 32:
+                raise
+            # How timm refuses an output stride, VGG's for one.
+            raise ValueError(f"output_stride={output_stride} is not possible: {name} has 32 alone") from error
     from ..models.segmentation.encoder import build_encoder
 
     if weights is not None and name == plain:

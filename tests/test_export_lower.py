@@ -55,12 +55,51 @@ def test_exports_again_with_open_sizes(dims):
         assert torch.equal(program.module()(x), model(x))
 
 
+@pytest.mark.parametrize("lowering", ["keys", "scatter"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_unbatched(dims):
+def test_unbatched(dims, lowering):
     model, x = PairNet(dims).eval(), ties(4, *SIZES[0][:dims])
-    lowered = lower_unpooling(model, x, dynamic_shapes=None)
+    lowered = lower_unpooling(model, x, lowering=lowering, dynamic_shapes=None)
+    assert [block.lowering for block in blocks_of(lowered)] == [lowering]
+    assert torch.equal(lowered(x), model(x))
+
+
+class InPlace(nn.Module):
+    """Both the pooled map and the pooled values are overwritten before they are unpooled."""
+
+    def forward(self, x):
+        x = x * 2
+        y, indices = F.max_pool2d(x, 2, return_indices=True)
+        skip = x.relu_()
+        y.add_(5)
+        return F.max_unpool2d(y, indices, 2, output_size=x.shape[-2:]) + skip
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_maps_that_are_changed_after_their_pooling(captured):
+    model, x = InPlace().eval(), ties(2, 4, 8, 6)
+    lowered = lower_unpooling(torch.export.export(model, (x,)) if captured else model, None if captured else x)
     assert [block.lowering for block in blocks_of(lowered)] == ["keys"]
     assert torch.equal(lowered(x), model(x))
+
+
+def test_branches_of_the_graph_are_not_passed_over():
+    class Branch(nn.Module):
+        def forward(self, x):
+            return torch.cond(x.mean() > 0, PairNet(2, others=False), lambda a: a.clone(), (x,))
+
+    model, x = Branch().eval(), torch.randn(1, 4, 8, 8)
+    with pytest.raises(ValueError, match=r"lies inside torch.cond .*torch.where; lowering='scatter' leaves it as is"):
+        lower_unpooling(model, x)
+    assert torch.equal(lower_unpooling(model, x, lowering="scatter")(x), model(x))
+
+
+def test_keys_of_bfloat16_are_exact_or_not_taken(caplog):
+    model, x = PairNet(2, kernel_size=12, others=False).eval(), ties(1, 4, 24, 24).bfloat16()
+    lowered = lower_unpooling(model, x)
+    assert blocks_of(lowered)[0].reason == "a window of 144 cells has more than 128"
+    assert torch.equal(lowered(x), model(x))
+    assert [block.lowering for block in blocks_of(lower_unpooling(model, x.float()))] == ["keys"]
 
 
 def test_crossing_pairs_and_a_program():
@@ -195,7 +234,7 @@ def test_sizes_that_depend_on_values():
             size = int(x.argmax().item())
             return F.max_unpool2d(y, indices, 2, output_size=(size, 8))
 
-    with pytest.raises(ValueError, match=r"depend on values.*output_size=x\.shape"):
+    with pytest.raises(ValueError, match=r"depends on values.*output_size=x\.shape"):
         lower_unpooling(Dependent().eval(), torch.randn(1, 1, 8, 8), dynamic_shapes=None)
 
 

@@ -257,6 +257,16 @@ def test_other_types_of_weights_are_refused(tmp_path):
         to_onnx(PairNet(2).eval().double(), torch.randn(1, 4, 9, 9).double(), tmp_path / "net.onnx")
 
 
+def test_maps_of_other_types_are_refused_by_their_node(tmp_path):
+    class Doubled(torch.nn.Module):
+        def forward(self, x):
+            y, indices = F.max_pool2d(x.double(), 2, return_indices=True)
+            return F.max_unpool2d(y, indices, 2, output_size=x.shape[-2:])
+
+    with pytest.raises(ValueError, match=r"node 'max_unpool2d' unpools torch\.float64: expected torch\.float32"):
+        to_onnx(Doubled().eval(), torch.randn(1, 4, 9, 9), tmp_path / "net.onnx")
+
+
 @pytest.mark.parametrize(("write", "suffix"), [(to_exported_program, "pt2"), (to_torchscript, "pt")])
 def test_bfloat16_is_refused(tmp_path, write, suffix):
     with pytest.raises(ValueError, match=r"argument 1 is bfloat16, which NumPy does not have.* model\.float\(\) first"):

@@ -240,7 +240,7 @@ def test_command_on_a_segmentation_checkpoint(tmp_path, monkeypatch, capsys):
         ([NAME], f"{NAME} has no weights; --no-pretrained"),
         (
             [NAME, "--no-pretrained", "--output", "net.pt", "--half"],
-            "--half: the format torchscript takes dynamic",
+            "--half: torchscript files take no such option but --dynamic",
         ),
         ([NAME, "--no-pretrained", "--target", "phone"], "target='phone': expected one of onnxruntime"),
     ],

@@ -153,6 +153,50 @@ def test_a_file_of_the_base_is_a_warm_start_of_any_variant(name, tmp_path):
     assert_same(model(images(name)), base(images(name)))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", ["resnet20_cifar_poolskip", "test_resnet_poolskip"])
+def test_weights_of_the_base_are_a_warm_start_under_the_plain_name(name, strict):
+    base = create(name.removesuffix("_poolskip")).eval()
+    overlay = {"state_dict": base.state_dict(), "num_classes": base.num_classes}
+    model = timm.create_model(name, pretrained=True, pretrained_strict=strict, pretrained_cfg_overlay=overlay).eval()
+    assert_same(model(images(name)), base(images(name)))
+
+
+def test_fresh_models_have_the_configuration_of_timms_base():
+    fresh, base = (timm.create_model(name, device="meta") for name in ("resnet50_poolskip", "resnet50"))
+    assert fresh.num_classes == base.num_classes == 1000
+    for key in ("input_size", "crop_pct", "interpolation", "mean", "std", "tag"):
+        assert fresh.pretrained_cfg[key] == base.pretrained_cfg[key]
+    assert timm.create_model("resnet50_poolskip.tin200_r64_cpu", device="meta").num_classes == 200
+    # Of a base that timm does not have, all tags are ours.
+    assert timm.create_model("resnet20_cifar_poolskip", device="meta").pretrained_cfg["tag"] == "c10_e60"
+
+
+def test_what_pool_skip_leaves_open_is_as_saved(tmp_path):
+    saved = create("test_resnet_poolskip", pool_skip={"pool_size": 3})
+    save_for_hf(saved, tmp_path, safe_serialization=True)
+    for given, window in (({"groups": 1}, [3, 3]), ({"pool_size": 2}, [2, 2])):
+        model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, pool_skip=given)
+        assert {tuple(layer.window) for layer in pool_skip_modules(model).values()} == {tuple(window)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "tokens"),
+    [
+        ("vit_tiny_patch4_32_poolskip", {"img_size": 48}, 145),
+        ("vit_tiny_patch4_32_poolskip", {"patch_size": 8}, 17),
+        ("vit_tiny_patch4_32_poolskip", {"img_size": 48, "features_only": True}, 145),
+        ("vit_tiny_patch4_32", {"img_size": 48}, 145),
+        ("test_vit_poolskip", {"img_size": 96}, 37),
+    ],
+)
+def test_vit_weights_load_at_other_sizes(name, options, tokens, tmp_path):
+    size = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    overlay = save(create(name, **size), tmp_path / "vit.safetensors")
+    model = load(name, overlay, **size, **options)
+    assert getattr(model, "model", model).pos_embed.shape == (1, tokens, 32)
+
+
 def test_a_file_of_the_base_is_no_trained_checkpoint(tmp_path):
     overlay = save(timm.create_model("resnet20_cifar"), tmp_path / "base.safetensors")
     with pytest.raises(

@@ -153,6 +153,7 @@ def test_what_torch_exports(tmp_path):
         ({"pads": [1, 0, 0, 0]}, "padding [1, 0, 0, 0]"),
         ({"auto_pad": "SAME_LOWER"}, "padding SAME_LOWER"),
         ({"dilations": [2, 2]}, "dilation [2, 2]"),
+        ({"storage_order": 1}, "storage_order 1: its indices count by columns"),
         ({"kernel_shape": [17, 16], "strides": [17, 16], "ceil_mode": 1}, "a window of 272 cells has more than 256"),
     ],
 )

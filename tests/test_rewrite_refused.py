@@ -177,6 +177,9 @@ def test_sizes_are_checked(tmp_path, shape, options, says):
         ("in.onnx", "out.pb", {}, "ends in .onnx"),
         ("none.onnx", "out.onnx", {}, "no such file: .*none.onnx"),
         ("text.onnx", "out.onnx", {}, "text.onnx is no ONNX file"),
+        ("empty.onnx", "out.onnx", {}, "empty.onnx is no ONNX file: it holds no graph"),
+        ("in.onnx", "out.onnx", {"example": [np.zeros(2)] * 2}, "example: in.onnx takes a list of 1 arrays, of x"),
+        ("in.onnx", "out.onnx", {"example": np.zeros(2)}, "example: in.onnx takes a list of 1 arrays, of x"),
         ("in.onnx", "out.onnx", {"target": "nvidia"}, "target='nvidia'"),
         ("in.onnx", "out.onnx", {"target": "ncnn"}, "in.onnx leaves sizes open, .*make_dynamic_shape_fixed"),
     ],
@@ -184,6 +187,7 @@ def test_sizes_are_checked(tmp_path, shape, options, says):
 def test_options_are_checked(tmp_path, source, path, options, says):
     one(tmp_path / "in.onnx", ("n", 3, 8, 8))
     (tmp_path / "text.onnx").write_text("no model")
+    (tmp_path / "empty.onnx").touch()
     with pytest.raises(ValueError, match=says):
         rewrite_onnx(tmp_path / source, tmp_path / path, **options)
 

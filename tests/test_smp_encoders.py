@@ -103,6 +103,19 @@ def test_registration_when_smp_is_imported_already(monkeypatch):
     assert sys.meta_path == finders
 
 
+def test_functions_imported_before_registration_are_wrapped_too():
+    code = """
+from segmentation_models_pytorch.encoders import get_encoder, get_preprocessing_params
+import poolskip_zoo
+from poolskip_zoo.layers import pool_skip_modules
+encoder = get_encoder("test_resnet_poolskip", pool_skip={"pool_size": 3})
+assert {tuple(layer.window) for layer in pool_skip_modules(encoder).values()} == {(3, 3)}
+assert get_preprocessing_params("resnet50_poolskip", "tin200_r64_cpu")["input_range"] == [0, 1]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # --- maps
 
 
@@ -148,6 +161,8 @@ def test_dilation_is_timms_own(output_stride):
 def test_vgg_has_no_output_stride():
     with pytest.raises(ValueError, match="output_stride=16 is not possible: test_vgg_poolskip has 32 alone"):
         get_encoder("test_vgg_poolskip", output_stride=16)
+    with pytest.raises(ValueError, match="output_stride=8 is not possible: tu-test_vgg_poolskip has 32 alone"):
+        smp.DeepLabV3("tu-test_vgg_poolskip", encoder_weights=None)
 
 
 @pytest.mark.parametrize(("output_stride", "patch"), [(32, 16), (16, 16), (8, 16), (32, 8), (16, 32)])
@@ -191,6 +206,14 @@ def test_decoders_take_a_vit(decoder):
 
 
 # --- graphs
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_trace_holds_at_other_sizes(name, assert_close):
+    model = smp.Unet(name, encoder_weights=None, classes=3).eval()
+    traced = torch.jit.trace(model, images(96, 128))
+    for size in ((128, 96), (64, 192), (160, 64)):  # the first two of as many pixels
+        assert_close(traced(images(*size, batch=2)), model(images(*size, batch=2)))
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -122,6 +122,13 @@ INSTANCE = {"type": "instancenorm", "affine": True}
 SETTINGS = {"placement": ["*.conv1.0"], "pool_size": [2, 4], "groups": "depthwise"}
 
 
+@pytest.mark.parametrize(("encoder", "ours"), [("test_vgg_poolskip", True), ("tu-test_resnet", False)])
+def test_cards_of_smps_own_heads_name_the_import_where_it_is_needed(encoder, ours, tmp_path):
+    smp.FPN(encoder, encoder_weights=None).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert ("import poolskip_zoo" in card) == ("- pool-skip\n" in card) == ours
+
+
 @pytest.mark.parametrize(
     ("head", "kwargs"),
     [

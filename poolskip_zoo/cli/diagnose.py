@@ -150,10 +150,12 @@ def load(name: str) -> Subject:
 
     if called := _CALL.fullmatch(name):
         return Subject(name, _call(name, **called.groupdict()), "as made by the function", None)
-    path = Path(name)
+    path = Path(name.removeprefix("local-dir:"))
     file = path / "model.safetensors" if path.is_dir() else path
     if file.is_file():
         return load_file(name, file)
+    if (path / "config.json").is_file():
+        return Subject(name, load_model(f"local-dir:{path}"), f"weights of {path}", None)
     if segments(name, None):
         recipe, model = segmentation_model(name, None, None)
         return Subject(name, model.eval(), "recorded weights", recipe.dataset, recipe)

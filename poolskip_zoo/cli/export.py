@@ -93,7 +93,9 @@ def run(args: argparse.Namespace) -> int:
     checked = f", checked in {report['checked_in']}" if "checked_in" in report else ""
     print(f"{path} ({sum(each.stat().st_size for each in files) / 1e6:.1f} MB){checked}")
     if "blocks" in report:
-        print(f"unpoolings: {len(report['blocks'])}, equal to torch's to the bit in {report['bit_comparisons']} checks")
+        checks = report.get("bit_comparisons")
+        equal = f", equal to torch's to the bit in {checks} checks" if checks else ""
+        print(f"unpoolings: {len(report['blocks'])}{equal}")
         for block in report["blocks"]:
             if block["reason"]:
                 print(f"  {block['source']}: {block['lowering']}: {block['reason']}")
@@ -128,7 +130,8 @@ def _options(args: argparse.Namespace, kind: str, known: tuple[str, ...]) -> dic
         options.pop("target")
     for key in options:
         if key not in known:
-            raise ValueError(f"--{key}: the format {kind} takes {', '.join(known)}")
+            value = "" if options[key] is True else f" {options[key]}"
+            raise ValueError(f"--{key}{value}: {kind} files take no such option but --{', --'.join(known)}")
     return options
 
 
@@ -148,8 +151,6 @@ def _loaded(name: str, pretrained: bool) -> tuple[Any, dict[str, Any]]:
         )
     if isinstance(record, SegmentationCheckpoint):
         return _segmentation(record, pretrained)
-    if Path(name).is_dir():
-        name = f"local-dir:{name}"
     model = load_model(name, pretrained, "--no-pretrained exports random ones")
     return model, _metadata(model)
 

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: parser of this verb.
     """
-    parser.add_argument("name", help="model with weights, for example resnet20_cifar_poolskip.c10")
+    parser.add_argument("name", help="model with weights, such as resnet20_cifar_poolskip.c10, or a folder")
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--top", type=int, default=3, help="classes to print per image (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON line per image")
@@ -41,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from ..inference import Classifier, read_image
-    from .validate import recipe_beside, segments
+    from .validate import name_run, recipe_beside, segments
 
+    name_run(args)
     recipe = recipe_beside(args.name, args.checkpoint)
     if segments(args.name, recipe):
         return _segment(args, recipe)

@@ -15,10 +15,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    parser.add_argument("name", help="model name with or without tag, such as resnet20_cifar_poolskip.c10")
+    parser.add_argument(
+        "name",
+        help="model name with or without tag, such as resnet20_cifar_poolskip.c10, or a folder of a run or timm's",
+    )
     parser.add_argument("--data-dir", help="data folder (default: the environment variable POOLSKIP_DATA_DIR)")
     parser.add_argument("--dataset", help="data set (default: the one that the checkpoint was trained on)")
-    parser.add_argument("--checkpoint", metavar="FILE", help="model.safetensors that `poolskip train` wrote")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="weights: model.safetensors of `poolskip train`, or a file of timm's train.py",
+    )
     parser.add_argument("--batch-size", type=int, default=250, help="images per forward pass (default: %(default)s)")
     parser.add_argument(
         "--window", type=int, nargs=2, metavar=("H", "W"), help="segment by a sliding window (default: the recipe's)"
@@ -71,13 +78,24 @@ def measure_run(folder: Path, data_dir: str | None) -> dict[str, Any]:
         FileNotFoundError: If data or checkpoint are missing.
         RuntimeError: If the checkpoint does not fit the model.
     """
-    from ..training import load_recipe
-
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    recipe = load_recipe(folder / "recipe.yaml")
-    arguments = [recipe.name if recipe.segments else recipe.model, "--checkpoint", str(folder / "model.safetensors")]
-    return _measure(parser.parse_args([*arguments, *(("--data-dir", data_dir) if data_dir else ())]))
+    return _measure(parser.parse_args([str(folder), *(("--data-dir", data_dir) if data_dir else ())]))
+
+
+def name_run(args: argparse.Namespace) -> None:
+    """Let a run folder stand for its model and weights.
+
+    Args:
+        args: The verb's arguments, which are changed.
+    """
+    from ..training import load_recipe
+
+    file = Path(args.name, "recipe.yaml")
+    if file.is_file() and not args.checkpoint:
+        recipe = load_recipe(file)
+        args.name = recipe.name if recipe.segments else recipe.model
+        args.checkpoint = str(file.with_name("model.safetensors"))
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -94,14 +112,18 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
+    name_run(args)
     recipe = recipe_beside(args.name, args.checkpoint)
     if segments(args.name, recipe):
         return _measure_segmentation(args, recipe)
     if args.window or args.overlap is not None:
         raise ValueError(f"{args.name} is no segmentation model: --window and --overlap have no meaning for it")
-    if not is_known(args.name):
+    if Path(args.name, "config.json").is_file():
+        args.name = f"local-dir:{args.name}"
+    elsewhere = ":" in args.name  # local-dir: and hf-hub:
+    if not elsewhere and not is_known(args.name):
         raise ValueError(f"unknown model {args.name!r}: `poolskip list` shows the names")
-    if not args.checkpoint and not is_model_pretrained(args.name):
+    if not elsewhere and not args.checkpoint and not is_model_pretrained(args.name):
         raise ValueError(f"{args.name} has no weights: give --checkpoint, or a name of `poolskip list --pretrained`")
     known: Any = recipe or find(args.name)
     if not (args.dataset or known):
@@ -258,10 +280,10 @@ def _sha256(args: argparse.Namespace) -> str | None:
 
 def _model(args: argparse.Namespace, recipe: Any, num_classes: int) -> Any:
     """Make the model with its weights."""
-    import timm
+    from ..inference import load_model
 
     if not args.checkpoint:
-        model = timm.create_model(args.name, pretrained=True)
+        model = load_model(args.name)
         if model.num_classes != num_classes:
             raise ValueError(f"{args.name} tells {model.num_classes} classes apart, the data set has {num_classes}")
         return model

@@ -1,5 +1,6 @@
 """What every registered Pool Skip model shares."""
 
+import json
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def checked_settings(pool_skip: dict[str, Any] | None) -> dict[str, Any]:
         A new dict with the same entries.
 
     Raises:
-        ValueError: if it is no dict or has an unknown key.
+        ValueError: if it is no dict, has an unknown key, or is not plain data.
     """
     if pool_skip is None:
         return {}
@@ -56,4 +57,11 @@ def checked_settings(pool_skip: dict[str, Any] | None) -> dict[str, Any]:
     unknown = sorted(set(pool_skip) - set(_SETTINGS))
     if unknown:
         raise ValueError(f"unknown pool_skip setting {', '.join(unknown)}: choose from {', '.join(_SETTINGS)}")
+    try:
+        json.dumps(pool_skip)
+    except TypeError as error:
+        raise ValueError(
+            f"pool_skip={pool_skip!r} cannot be saved in config.json: name a placement or patterns, or call "
+            f"add_pool_skip on the model or its decoder yourself"
+        ) from error
     return dict(pool_skip)

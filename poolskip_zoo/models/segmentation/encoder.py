@@ -6,7 +6,7 @@ from typing import Any
 
 import timm
 from segmentation_models_pytorch.encoders._base import EncoderMixin
-from timm.layers import LayerNorm2d
+from timm.layers import Format, LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -102,16 +102,20 @@ class TokenEncoder(TimmEncoder):
         finer = [max(patch // stride, 1) for stride in strides]
         out_channels = [c // f for c, f in zip(channels, finer, strict=True)]
         super().__init__(model, [in_channels, *out_channels], in_channels, output_stride)
-        self.strides = strides
+        # As timm makes maps of tokens, a trace would hold their size for ever.
+        model.output_fmt = Format.NLC
+        self.strides, self.patch = strides, patch
         self.levels = nn.ModuleList(_resample(c, patch, stride) for c, stride in zip(channels, strides, strict=True))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         height, width = x.shape[2:]
+        # timm pads the image to whole patches on the right and at the bottom.
+        grid = [(length + self.patch - 1) // self.patch for length in (height, width)]
         features = [x]
         for level, stride, tokens in zip(self.levels, self.strides, self.model(x), strict=True):
-            z = level(tokens)
-            # timm pads the image to whole patches on the right and at the bottom. Exported graphs keep this form alone:
-            # a slice that cuts nothing at the example's size becomes a guard, a negative dividend rounds up in ONNX.
+            z = level(tokens.transpose(1, 2).reshape(x.shape[0], tokens.shape[2], *grid))
+            # Exported graphs keep this form alone: a slice that cuts nothing at the example's size becomes a guard, a
+            # negative dividend rounds up in ONNX.
             bottom, right = (height + stride - 1) // stride, (width + stride - 1) // stride
             features.append(F.pad(z, (0, right - z.shape[3], 0, bottom - z.shape[2])))
         return features

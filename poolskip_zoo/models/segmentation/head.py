@@ -1,6 +1,5 @@
 """What the heads of this package share."""
 
-import json
 from typing import Any
 
 from segmentation_models_pytorch.base import SegmentationModel
@@ -23,35 +22,13 @@ class PoolSkipHead(SegmentationModel):
         # the Hub leave the model in training mode.
         return super()._from_pretrained(**{**kwargs, "encoder_weights": None}).eval()
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> Any:
-        """Make smp's card, with the import by which smp knows the class.
-
-        Args:
-            args: positional arguments of smp's method.
-            kwargs: its keywords.
-
-        Returns:
-            The `huggingface_hub.ModelCard`.
-        """
-        card = super().generate_model_card(*args, **kwargs)
-        first = "import segmentation_models_pytorch as smp\n"
-        card.text = card.text.replace(first, f"{first}\nimport poolskip_zoo  # registers the model with smp\n", 1)
-        card.data.tags.append("pool-skip")
-        return card
-
     def _add_pool_skip(self, pool_skip: dict[str, Any] | None) -> None:
-        settings = checked_settings(pool_skip)
-        try:
-            json.dumps(settings)
-        except TypeError as error:
-            raise ValueError(
-                f"pool_skip={pool_skip!r} cannot be saved in config.json: name a placement or patterns, or call "
-                f"add_pool_skip(model.decoder, …) yourself"
-            ) from error
         # The decoder alone: the encoder has a placement of its own. After smp's initialisation, which gives every
         # convolution of the decoder another one than PyTorch's.
         decoder: Any = self.decoder
-        add_pool_skip(decoder, **settings)
+        add_pool_skip(decoder, **checked_settings(pool_skip))
+        # What the encoder cannot, the whole cannot.
+        self._is_torch_scriptable = getattr(self.encoder, "_is_torch_scriptable", True)
 
 
 def checked_encoder(encoder: nn.Module, name: str, kwargs: dict[str, Any]) -> nn.Module:
