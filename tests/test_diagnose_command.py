@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.models._hub import save_for_hf
 
 import poolskip_zoo
 from poolskip_zoo.cli import main
@@ -50,6 +51,17 @@ def test_command_takes_runs(run_folder, capsys, file):
     assert found["weights"] == "trained by tiny"
     assert (found["images"], found["dataset"]) == (0, None)
     assert found["summary"]["base"]["inert"] == 1
+    assert found["layers"][0]["inert"] == [6]
+
+
+@pytest.mark.usefixtures("no_data")
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_command_takes_folders_of_timm(prefix, tmp_path, capsys):
+    model = poolskip_zoo.create_model("test_resnet_cifar_poolskip", zero_init_last=False)
+    model.conv1.weight.data[6] = 0
+    save_for_hf(model, tmp_path, safe_serialization=False)
+    assert main(["diagnose", f"{prefix}{tmp_path}", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["models"]
     assert found["layers"][0]["inert"] == [6]
 
 

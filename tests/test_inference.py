@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.models._hub import save_for_hf
 
 from poolskip_zoo.inference import Classifier, Segmenter, load_model, read_image, segment
 from poolskip_zoo.registry import resolve
@@ -100,3 +101,11 @@ def test_an_overlap_of_windows_out_of_range(overlap):
 def test_a_window_that_is_none(window):
     with pytest.raises(ValueError, match=re.escape(f"window={window}: expected height and width in pixels")):
         segment(torch.nn.Conv2d(3, 2, 1), torch.zeros(1, 3, 64, 64), (64, 64), window)
+
+
+def test_a_model_of_other_channels_is_refused_and_a_folder_is_a_name(tmp_path):
+    for channels in (1, 3):
+        save_for_hf(timm.create_model("test_resnet_cifar_poolskip", in_chans=channels), tmp_path / str(channels))
+    assert len(Classifier.from_pretrained(str(tmp_path / "3")).labels) == 10
+    with pytest.raises(ValueError, match="PoolSkipCifarResNet takes 1 channels: images are read as RGB"):
+        Classifier.from_pretrained(str(tmp_path / "1"))

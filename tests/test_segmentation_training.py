@@ -245,6 +245,10 @@ def test_from_a_run_to_a_checkpoint(
     assert "CamVid (SegNet's split), 4 test images: mIoU" in shown
     assert f"mIoU {scores['miou']:.2f} %" not in shown  # other windows, other scores
 
+    image = Image.fromarray(load_scenes("camvid", ("test",), data)[0].items[0][0].permute(1, 2, 0).numpy())
+    image.save(tmp_path / "street.png")
+    assert call(predict_verb, learnt, tmp_path / "street.png", "--output", tmp_path) == 0
+    assert "street_segmented.png" in capsys.readouterr().out
     (tmp_path / "scores.json").write_text(json.dumps({**scores, "window": [32, 32]}))
     with pytest.raises(ValueError, match=r"measured with window=\[32, 32\], the recipe has \[\]"):
         call(hub_verb, "add", learnt, "--scores", tmp_path / "scores.json")
@@ -278,7 +282,6 @@ def test_from_a_run_to_a_checkpoint(
     # By its name alone the checkpoint has the card's scores, and segments.
     assert call(validate_verb, NAME, "--data-dir", data, "--json") == 0
     assert json.loads(capsys.readouterr().out) == scores
-    image = Image.fromarray(load_scenes("camvid", ("test",), data)[0].items[0][0].permute(1, 2, 0).numpy())
     labels = Segmenter.from_pretrained(NAME)([image, image.resize((50, 33))])
     assert [tuple(each.shape) for each in labels] == [(48, 64), (33, 50)]
     # A record of a run that was measured by windows segments by them.

@@ -370,10 +370,23 @@ def test_commands(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (result["dataset"], result["images"]) == ("cifar10_jpeg", 100)
     assert result["sha256"] == sha256_of(weights)
 
+    # The run's folder says all of it; timm's scripts and `save_for_hf` leave the same weights in their own forms.
+    assert call(validate_verb, weights.parent, "--data-dir", data, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == result
+
     import timm
 
     model = timm.create_model("test_resnet", num_classes=10)
     model.load_state_dict(load_file(weights))
+    torch.save({"state_dict": model.state_dict(), "args": argparse.Namespace(lr=0.1)}, tmp_path / "last.pth.tar")
+    timm.models.save_for_hf(model, tmp_path / "saved")
+    theirs = ("--dataset", "cifar10_jpeg", "--data-dir", data, "--json")
+    for named in (("test_resnet", "--checkpoint", tmp_path / "last.pth.tar"), (tmp_path / "saved",)):
+        assert call(validate_verb, *named, *theirs) == 0
+        assert json.loads(capsys.readouterr().out)["images"] == 100
+    torch.save({"state_dict": model.state_dict(), "net": model}, tmp_path / "net.pth.tar")
+    with pytest.raises(RuntimeError, match=r"net\.pth\.tar is no checkpoint that can be read: "):
+        call(validate_verb, "test_resnet", "--checkpoint", tmp_path / "net.pth.tar", *theirs)
     settings = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616), "image_size": 32}
     scores = evaluate(model, EvalLoader(load_split("cifar10_jpeg", "test", data), 64, **settings))
     assert result["top1"] == scores.top1
