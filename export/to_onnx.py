@@ -115,7 +115,7 @@ def _check_types(program: Any, half: bool) -> None:
     """Refuse maps that the runtimes do not resize; the checks feed float32 or, of a half model, float16."""
     wanted = torch.float16 if half else torch.float32
     for unpooling in unpoolings(program.graph):
-        dtype = unpooling.args[0].meta["val"].dtype
+        dtype = unpooling.meta["val"].dtype
         if dtype != wanted:
             way_out = "" if half or dtype != torch.float16 else "; half=True makes a float16 file of a float32 model"
             raise ValueError(f"node {unpooling.name!r} unpools {dtype}: expected {wanted}{way_out}")

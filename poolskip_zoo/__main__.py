@@ -1,4 +1,8 @@
-"""Run a script or module with the Pool Skip models registered: `python -m poolskip_zoo train.py …`, `… -m MODULE …`."""
+"""Run a script or module with the Pool Skip models registered: `python -m poolskip_zoo train.py …`, `… -m MODULE …`.
+
+Processes that the script spawns (`multiprocessing` with `spawn` or `forkserver`) start anew and do not have the models;
+forked ones and those of torchrun, which starts this module itself, do.
+"""
 
 import importlib.util
 import runpy
