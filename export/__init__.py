@@ -1,6 +1,7 @@
 """Export of models with max-unpooling: one graph pass, several runtimes, every file checked before it is kept."""
 
-from .lower import Block, blocks_of, lower_unpooling
+from .lower import blocks_of, lower_unpooling
+from .lower_pair import Block
 from .predictor import Predictor
 from .rewrite import rewrite_onnx
 from .targets import LOWERINGS, TARGETS

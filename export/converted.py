@@ -14,7 +14,8 @@ from torch.fx import Graph, GraphModule
 from ..contexts import kept
 from . import forms, verify
 from .inputs import bounded, capture_bounded, check_arguments, unguarded
-from .lower import as_args, blocks_of, lower_unpooling, unpoolings
+from .lower import as_args, blocks_of, lower_unpooling
+from .lower_pair import unpoolings
 from .targets import check_drop_in, check_target
 
 __all__ = ["Lowered", "check_fixed", "check_forms", "lower_for", "write_converted"]

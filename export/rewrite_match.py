@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from onnxscript import ir
 
-from .lower import MOST_CELLS
+from .lower_pair import MOST_CELLS
 from .rewrite_cut import SIZES, Seen, cases, cut, inside, region
 
 __all__ = ["Unlike", "Unpooling", "find", "named"]

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map
 from ..contexts import kept
 from . import verify
 from .inputs import axes_of, capture_open, check_arguments, shapes_of, unguarded
-from .lower import as_args, blocks_of, lower_program, unpoolings
+from .lower import as_args, blocks_of, lower_program
+from .lower_pair import unpoolings
 from .targets import check_drop_in, check_mode, check_output, check_target
 from .verify import KEY, write_report
 

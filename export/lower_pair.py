@@ -1,0 +1,339 @@
+"""An unpooling of a captured graph and the pooling that made its indices: what they say, and what may replace them."""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from ..layers import functional
+
+__all__ = [
+    "MOST_CELLS",
+    "POOLS",
+    "UNPOOLS",
+    "Block",
+    "Pair",
+    "drop_unused_indices",
+    "from_pool",
+    "root",
+    "source",
+    "unpoolings",
+]
+
+_aten = torch.ops.aten
+POOLS = {
+    _aten.max_pool1d_with_indices.default: 1,
+    _aten.max_pool2d_with_indices.default: 2,
+    _aten.max_pool3d_with_indices.default: 3,
+}
+UNPOOLS = {_aten.max_unpool2d.default: 2, _aten.max_unpool3d.default: 3}
+# What hands indices on unchanged.
+_THROUGH = {
+    _aten.alias.default,
+    _aten.clone.default,
+    _aten.contiguous.default,
+    _aten.detach.default,
+    _aten.unsqueeze.default,
+}
+_LAYERS = str(Path(functional.__file__).parent)
+# Up to here a position in the window survives 8 bits.
+MOST_CELLS = 256
+
+
+@dataclass(frozen=True)
+class Block:
+    """One unpooling and what became of it.
+
+    Args:
+        name: name of the unpooling's node.
+        source: file, line and text of the user's code.
+        lowering: form that was written.
+        window: pooling window.
+        ceil_mode: whether partial windows count.
+        own: whether the pooled map itself is unpooled, not other values.
+        reason: why the lowering is not the one asked for, or None.
+    """
+
+    name: str
+    source: str
+    lowering: str
+    window: tuple[int, ...]
+    ceil_mode: bool
+    own: bool
+    reason: str | None = None
+
+    def to_dict(self, half: bool = False) -> dict[str, Any]:
+        """Plain data for a report.
+
+        Args:
+            half: whether the file computes in float16.
+
+        Returns:
+            The attributes, JSON-ready; a window has two sizes at least, for F.max_unpool1d works on (N, C, L, 1).
+        """
+        window = [*self.window, 1] if len(self.window) == 1 else list(self.window)
+        return {**dataclasses.asdict(self), "window": window, "half": half}
+
+
+def unpoolings(graph: Graph) -> dict[Node, list[Node]]:
+    """The different unpoolings of a graph.
+
+    Args:
+        graph: a captured program's.
+
+    Returns:
+        Each, in the graph's order, with the later ones that put the same values at the same indices.
+    """
+    found: dict[Any, list[Node]] = {}
+    for node in graph.nodes:
+        if node.target in UNPOOLS:
+            values, indices, size = node.args[:3]
+            sizes = _value(values).shape, [_value(each) for each in size]
+            found.setdefault((_made(values), _made(indices), str(sizes)), []).append(node)
+    return {first: equal for first, *equal in found.values()}
+
+
+def root(node: Any) -> Any:
+    """The value that some nodes hand on unchanged.
+
+    Args:
+        node: a node.
+
+    Returns:
+        The node that made it.
+    """
+    while node.target in _THROUGH:
+        node = node.args[0]
+    return node
+
+
+def from_pool(node: Any) -> bool:
+    """Whether a value is a pooling's.
+
+    Args:
+        node: a node.
+
+    Returns:
+        True for its maxima and its indices.
+    """
+    return node.target is operator.getitem and node.args[0].target in POOLS
+
+
+def _made(node: Any) -> Any:
+    """What makes a value: a pooling in words, for equal ones are merged too."""
+    node = root(node)
+    if not from_pool(node):
+        return node
+    pooling, number = node.args
+    return f"{pooling.target} {pooling.args} {pooling.kwargs} {number}"
+
+
+class _Pooling:
+    """The arguments of a pooling."""
+
+    def __init__(self, pooling: Any) -> None:
+        _, kernel, stride, padding, dilation, ceil_mode = (*pooling.args, *[None] * 5)[:6]
+        given = {"stride": stride, "padding": padding, "dilation": dilation, "ceil_mode": ceil_mode}
+        given.update(pooling.kwargs)
+        axes = POOLS[pooling.target]
+        self.window = _spread(kernel, axes)
+        self.stride = _spread(given["stride"], axes) or self.window
+        self.padding = _spread(given["padding"], axes) or [0] * axes
+        self.dilation = _spread(given["dilation"], axes) or [1] * axes
+        self.ceil_mode = bool(given["ceil_mode"])
+        self.x = pooling.args[0]
+        self.batched = _value(self.x).dim() == axes + 2
+
+    def misfit(self) -> str | None:
+        """Why it is more than disjoint windows, or None."""
+        if self.stride != self.window:
+            return f"stride {self.stride} differs from the window {self.window}"
+        if any(self.padding):
+            return f"padding {self.padding}"
+        if any(each != 1 for each in self.dilation):
+            return f"dilation {self.dilation}"
+        return None
+
+
+class Pair(_Pooling):
+    """An unpooling and the pooling that made its indices, if one did.
+
+    Args:
+        unpooling: its node.
+    """
+
+    def __init__(self, unpooling: Any) -> None:
+        self.unpooling = unpooling
+        self.dims = UNPOOLS[unpooling.target]
+        self.place = f"node {unpooling.name!r} ({source(unpooling)})"
+        self.indices = root(unpooling.args[1])
+        self.pooling = self.indices.args[0] if from_pool(self.indices) else None
+        if self.pooling is not None:
+            super().__init__(self.pooling)
+
+    def check_indices(self) -> None:
+        """Refuse indices that are made elsewhere, leave the model or are computed with.
+
+        Raises:
+            ValueError: naming the node, the line of the model's code, and the way out.
+        """
+        way_out = "; lowering='scatter' keeps the index tensor"
+        if self.pooling is None:
+            raise ValueError(
+                f"{self.place}: its indices come from {self.indices.name!r} ({source(self.indices)}), not straight "
+                f"from a max pooling{way_out}"
+            )
+        waiting = [self.indices]
+        while waiting:
+            for user in waiting.pop().users:
+                if user.target in _THROUGH:
+                    waiting.append(user)
+                elif user.target not in UNPOOLS:
+                    what = "leave the model" if user.op == "output" else f"are computed with in {user.name!r}"
+                    raise ValueError(f"{self.place}: its indices {what} ({source(self.pooling)}){way_out}")
+
+    def misfit(self) -> str | None:
+        """Why only an index tensor describes the pair, or None."""
+        if reason := super().misfit():
+            return reason
+        most = min(MOST_CELLS, functional.largest_exact_key(_value(self.x).dtype))
+        if math.prod(self.window) > most:
+            return f"a window of {math.prod(self.window)} cells has more than {most}"
+        size = [_value(each) for each in self.unpooling.args[2]]
+        full = list(_value(self.x).shape)[2 if self.batched else 1 :] + [1] * (self.dims - len(self.window))
+        if not all(_same(a, b) for a, b in zip(size, full, strict=True)):
+            return (
+                f"output size {size} may differ from that of the pooled map, {full}; "
+                "give the unpooling output_size=x.shape[-2:], or export with sizes that the windows divide"
+            )
+        return None
+
+    def block(self, lowering: str, reason: str | None) -> Block:
+        """Record what became of it.
+
+        Args:
+            lowering: form that was written.
+            reason: why not the one asked for, or None.
+
+        Returns:
+            The record.
+        """
+        window = tuple(self.window) if self.pooling is not None else ()
+        ceil_mode = self.pooling is not None and self.ceil_mode
+        return Block(
+            self.unpooling.name, source(self.unpooling), lowering, window, ceil_mode, self._own() is not None, reason
+        )
+
+    def _own(self) -> Any:
+        """The pooled map if nothing else is unpooled."""
+        values = root(self.unpooling.args[0])
+        pooled = values.target is operator.getitem and values.args == (self.pooling, 0)
+        return values if pooled and self.pooling is not None else None
+
+    def write(self, graph: Graph, form: Callable[..., Tensor]) -> None:
+        """Call a form on batched maps of two or three axes in place of the unpooling.
+
+        Args:
+            graph: that of the pair.
+            form: takes the arguments of `forms.keys`.
+        """
+        values, x = self.unpooling.args[0], self.x
+        window = [*self.window, *[1] * (self.dims - len(self.window))]
+        own = self._own() is not None
+        if len(self.window) == 1:
+            x = _lifted(graph, self.pooling, x)
+        self._exchange(graph, form, (values, x), (window, self.ceil_mode, own), self.batched)
+
+    def scatter(self, graph: Graph, form: Callable[..., Tensor]) -> None:
+        """Call the form of the index tensor on a batched map in place of the unpooling.
+
+        Args:
+            graph: that of the pair.
+            form: takes the arguments of `forms.scatter`.
+        """
+        values, indices, size = self.unpooling.args[:3]
+        self._exchange(graph, form, (values, indices), (size,), _value(values).dim() == self.dims + 2)
+
+    def _exchange(
+        self, graph: Graph, form: Callable[..., Tensor], maps: tuple[Any, ...], rest: tuple[Any, ...], batched: bool
+    ) -> None:
+        with graph.inserting_before(self.unpooling):
+            if not batched:
+                maps = tuple(graph.call_function(_aten.unsqueeze.default, (each, 0)) for each in maps)
+            result = graph.call_function(form, (*maps, *rest))
+            if not batched:
+                result = graph.call_function(_aten.squeeze.dim, (result, 0))
+        self.unpooling.replace_all_uses_with(result)
+        graph.erase_node(self.unpooling)
+
+
+def _lifted(graph: Graph, pooling: Any, x: Any) -> Node:
+    """A sequence as (N, C, L, 1), which F.max_unpool1d works on; one node, for exporters merge equal ones."""
+    if "lifted" not in pooling.meta:
+        with graph.inserting_before(pooling):
+            pooling.meta["lifted"] = graph.call_function(_aten.unsqueeze.default, (x, -1))
+    return pooling.meta["lifted"]
+
+
+def drop_unused_indices(graph: Graph, pooling: Any) -> None:
+    """Pool without indices where nothing uses them any more.
+
+    Args:
+        graph: that of the pooling.
+        pooling: its node.
+    """
+    read = _Pooling(pooling)
+    if read.misfit() or any(user.args[1] != 0 for user in pooling.users):
+        return
+    window, one = read.window, len(read.window) == 1
+    with graph.inserting_before(pooling):
+        # torch.export freezes the length in max_pool1d.
+        x = _lifted(graph, pooling, read.x) if one else read.x
+        pooled = graph.call_function(functional.pool, (x, [*window, 1] if one else window, read.ceil_mode))
+        if one:
+            pooled = graph.call_function(_aten.squeeze.dim, (pooled, -1))
+    for user in list(pooling.users):
+        user.replace_all_uses_with(pooled)
+        graph.erase_node(user)
+
+
+def _spread(size: Any, axes: int) -> list[int]:
+    if not size and not isinstance(size, int):
+        return []
+    size = [size] if isinstance(size, int) else list(size)
+    return size * axes if len(size) == 1 else size
+
+
+def _value(node: Any) -> Any:
+    return node.meta["val"] if isinstance(node, Node) else node
+
+
+def _same(a: Any, b: Any) -> bool:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(a == b)
+
+
+def source(node: Any) -> str:
+    """Where a node comes from.
+
+    Args:
+        node: a node.
+
+    Returns:
+        File, line and text of the innermost frame that is not torch's or this package's.
+    """
+    frames = [frame.strip() for frame in (node.meta.get("stack_trace") or "").split('File "') if frame.strip()]
+    own = [f for f in frames if "/torch/" not in f.split('"')[0] and _LAYERS not in f.split('"')[0]]
+    if not own:
+        return "no source line recorded"
+    head, *text = own[-1].splitlines()
+    file, _, rest = head.partition('", line ')
+    return f"{file}:{rest.split(',')[0]}" + (f": {text[0].strip()}" if text else "")
