@@ -67,10 +67,10 @@ def create(
     carried: dict[str, Any] = {}
     # Who names a trained checkpoint wants that one, and no base weights of a file in its place.
     named = isinstance(pretrained_cfg, str) and find(f"{variant}.{pretrained_cfg}") is not None
-    if not (pretrained or pretrained_cfg or pretrained_cfg_overlay):
+    if not (pretrained or pretrained_cfg):
         tags = [cfg.tag for cfg in get_arch_pretrained_cfgs(variant).values()]
         pretrained_cfg = next((tag for tag in tags if tag and find(f"{variant}.{tag}") is None), None)
-    elif pretrained or pretrained_cfg:
+    else:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
         checkpoint = find(f"{variant}.{cfg.tag}")
         # A folder has its own arguments, which timm passes on; its tag may be that of what it was trained from.

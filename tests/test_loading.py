@@ -167,6 +167,8 @@ def test_fresh_models_have_the_configuration_of_timms_base():
     assert fresh.num_classes == base.num_classes == 1000
     for key in ("input_size", "crop_pct", "interpolation", "mean", "std", "tag"):
         assert fresh.pretrained_cfg[key] == base.pretrained_cfg[key]
+    overlaid = timm.create_model("resnet50_poolskip", pretrained_cfg_overlay={"crop_pct": 0.5}, device="meta")
+    assert (overlaid.num_classes, overlaid.pretrained_cfg["crop_pct"]) == (1000, 0.5)
     assert timm.create_model("resnet50_poolskip.tin200_r64_cpu", device="meta").num_classes == 200
     # Of a base that timm does not have, all tags are ours.
     assert timm.create_model("resnet20_cifar_poolskip", device="meta").pretrained_cfg["tag"] == "c10_e60"

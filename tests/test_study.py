@@ -257,21 +257,28 @@ def test_cheap_forms_and_unfinished_nets_are_told() -> None:
 # --- what was found
 
 
-def recorded() -> list[Run]:
-    """The runs of docs/study/runs.csv."""
+def recorded(study: str = "study") -> list[Run]:
+    """The runs of a study's `runs.csv` in docs/."""
     kinds = {field.name: field.type for field in dataclasses.fields(Run)}
     read = lambda kind, text: text if kind is str else int(text) if kind is int else float(text) if text else None  # noqa: E731
-    with (ROOT / "docs/study/runs.csv").open() as file:
+    with (ROOT / "docs" / study / "runs.csv").open() as file:
         return [Run(**{key: read(kinds[key], text) for key, text in line.items()}) for line in csv.DictReader(file)]
 
 
-def test_the_page_has_the_numbers_of_its_csv() -> None:
-    page = (ROOT / "docs/study.md").read_text(encoding="utf-8")
-    told = {
-        net: re.search(rf"^- {net}: (.*): no verdict yet\.$", page, re.M) for net in {run.net for run in recorded()}
-    }
+@pytest.mark.parametrize("study", ["study", "study_longer"])
+def test_the_page_has_the_numbers_of_its_csv(study: str) -> None:
+    page, runs = (ROOT / "docs" / f"{study}.md").read_text(encoding="utf-8"), recorded(study)
+    told = {net: re.search(rf"^- {net}: (.*): no verdict yet\.$", page, re.M) for net in {run.net for run in runs}}
     unfinished = {net: found[1] for net, found in told.items() if found}
-    assert summary(recorded(), unfinished) in page
+    assert summary(runs, unfinished) in page
+
+
+def test_readme_says_the_verdict_of_the_longer_runs() -> None:
+    helps = verdict(recorded("study_longer"), "resnet20_cifar")[0]
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    numbers = re.findall(r"B − [CF] = \S+ \[\S+ \S+\]", helps)
+    assert len(numbers) == 2
+    assert all(number in said for number in numbers)
 
 
 def test_readme_and_cards_say_the_verdict() -> None:

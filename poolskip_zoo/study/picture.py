@@ -47,7 +47,7 @@ def draw_cost(path: Path, runs: Sequence[Run]) -> None:
         )
         axes.margins(0.1)
         axes.grid(alpha=0.3)
-    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=4, fontsize="small")
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=2 * len(nets), fontsize="small")
     save_figure(figure, path)
 
 
@@ -91,7 +91,7 @@ def draw_depth(path: Path, runs: Sequence[Run], layers: Sequence[LayerRow]) -> N
         axes.set_title(f"{net}, weight decay {decay:g}", fontsize="medium")
     for axes in grid[-1]:
         axes.set_xlabel("depth: convolutions in the model's order")
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=min(5, 2 * len(columns)))
     save_figure(figure, path)
 
 
