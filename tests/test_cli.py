@@ -150,7 +150,10 @@ def test_demo_needs_a_model_that_knows_the_images(tmp_path, monkeypatch, capsys)
         (["export", "test_resnet_poolskip", "--no-pretrained", "--batch", "0", "--dynamic"], "--batch 0 must be"),
         (["export", "test_resnet_poolskip", "--no-pretrained", "--size", "64", "0"], "--size 64 0 must be"),
         (["prune", "resnet20_cifar.c10", "--dataset", "cifar11"], "unknown dataset 'cifar11': one of cifar10,"),
-        (["prune", "resnet20_cifar.c10", "--dataset", "camvid"], "one of cifar10, cifar100, cifar10_jpeg, tiny_im"),
+        (
+            ["prune", "resnet20_cifar.c10", "--dataset", "camvid"],
+            "one of cifar10, cifar100, cifar10_jpeg, tiny_imagenet_jpeg",
+        ),
         (["train-many", "c10", "--part-size", "16"], "part_size '16' is no number with KB, MB"),
         (["validate", "resnet20_cifar", "--overlap", "0.5"], "--window and --overlap have no meaning for it"),
         (["validate", "resnet20_cifar", "--checkpoint", "."], "checkpoint . is a folder: give the file, such as model"),

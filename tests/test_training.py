@@ -267,10 +267,11 @@ def test_one_process_at_a_time_trains_in_a_folder(data: Path, tmp_path: Path) ->
     folder = tmp_path / "test_resnet.tiny-s0"
     lock = open_folder(folder, resume=True)
     assert lock is not None
-    (folder / ".tmp1.last.pt").write_text("half-written by a killed process")
+    (folder / ".tmp1").mkdir()
+    (folder / ".tmp1" / "last.pt").write_text("half-written by a killed process")
     with pytest.raises(RuntimeError, match=r"another process trains in .*tiny-s0: wait for it"):
         train(recipe(lr=0.3), data, tmp_path, resume=False, cpu=True)
-    assert [path.name for path in folder.iterdir()] == [".tmp1.last.pt"]
+    assert [path.name for path in folder.iterdir()] == [".tmp1"]
     os.close(lock)
     for _ in range(2):  # the first call lets the second in
         assert train(recipe(), data, tmp_path, limit_steps=1, cpu=True) is None
