@@ -1,7 +1,6 @@
 """The parts of a run: schedules, optimizers, random numbers, files, evaluation."""
 
 import errno
-import os
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,7 +97,7 @@ def test_steps_have_random_numbers_of_their_own() -> None:
 def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     write_atomic(path, b"old")
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "input/output error")))
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "input/output error")))
     with pytest.raises(OSError, match="input/output error"):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
