@@ -34,7 +34,7 @@ def step_of(name: str, given: tuple[str, ...], args: argparse.Namespace, device:
     arguments, size = MODELS[name]
     # As TIMM_FUSED_ATTN does for a whole process.
     timm.layers.set_fused_attn("plain attention" not in given)
-    model = create_classifier(name, 200, arguments).to(device).train()
+    model = create_classifier(name, "tiny_imagenet_jpeg", arguments).to(device).train()
     images = torch.rand(args.batch, 3, size, size, device=device)
     if "channels_last" in given:
         model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)

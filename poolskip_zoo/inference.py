@@ -64,10 +64,10 @@ def load_model(
     from timm.models import get_arch_pretrained_cfgs, is_model, is_model_pretrained
 
     from . import create_model
-    from .registry.catalogue import registered_models
+    from .registry.catalogue import is_name, registered_models
     from .registry.resolve import require_warm_start
 
-    if Path(name, "config.json").is_file() and not is_model(name):
+    if Path(name, "config.json").is_file() and not is_name(name):
         name = f"local-dir:{name}"
     if name.startswith("local-dir:"):
         _check_config(Path(name.removeprefix("local-dir:"), "config.json"))
@@ -105,12 +105,14 @@ class Classifier:
         model: a timm model with a classifier.
 
     Raises:
-        ValueError: if the model has no classifier, or takes no RGB images.
+        ValueError: if it is no model of timm's kind, has no classifier, or takes no RGB images.
     """
 
     def __init__(self, model: Any) -> None:
         from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 
+        if not hasattr(model, "pretrained_cfg"):
+            raise ValueError(f"{type(model).__name__} is no classifier of timm: it does not say what images it takes")
         if not model.num_classes:
             raise ValueError(f"{type(model).__name__} has no classifier: num_classes is 0")
         config = resolve_model_data_config(model)

@@ -9,7 +9,7 @@ from torch import nn
 from ..layers import remove_pool_skip
 from .checkpoint import SUFFIX, find
 
-__all__ = ["base_name", "create_base", "registered_models", "warm_starts"]
+__all__ = ["base_name", "create_base", "is_name", "registered_models", "warm_starts"]
 
 
 def registered_models(test: bool = False) -> list[str]:
@@ -27,6 +27,20 @@ def registered_models(test: bool = False) -> list[str]:
         if module.startswith(f"{package}.") and module.endswith(SUFFIX):
             names.update(list_models(module=module.rpartition(".")[2]))
     return sorted(name for name in names if test or not name.startswith("test_"))
+
+
+def is_name(name: str) -> bool:
+    """Tell a name from a folder's, which may look like one: `resnet20_cifar_poolskip.c10-s0`.
+
+    Args:
+        name: what may be a model with or without tag.
+
+    Returns:
+        True for a registered model, if there is a tag one that it has, and for a recorded checkpoint of segmentation.
+    """
+    arch, tagged, _ = name.partition(".")
+    known = is_model(arch) and (not tagged or name in get_arch_pretrained_cfgs(arch))
+    return known or (bool(tagged) and find(name) is not None)
 
 
 def base_name(name: str) -> str:

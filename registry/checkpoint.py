@@ -1,11 +1,15 @@
 """The record of a trained checkpoint, the one source of its metadata, and the configurations that timm registers."""
 
 import dataclasses
+import json
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from timm.models import get_arch_pretrained_cfgs
+from timm.models._hub import save_config_for_hf
 from timm.models._pretrained import PretrainedCfg
 
 from ..data import DATASETS
@@ -21,6 +25,8 @@ __all__ = [
     "checkpoints",
     "find",
     "pool_skip_cfgs",
+    "retrained_cfg",
+    "timm_config",
     "trained_cfgs",
 ]
 
@@ -30,6 +36,12 @@ HUB_ORG = "poolskip-zoo"
 SUFFIX = "_poolskip"
 # Keywords of our classes that a record can carry: plain data, and in no entrypoint, whose own would win over them.
 CARRIED = ("pool_skip", "stem_stride")
+# What a configuration says of its own weights alone.
+_OF_OTHER_WEIGHTS = (
+    *("tag", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"),
+    *("test_input_size", "test_crop_pct", "test_pool_size", "label_offset", "label_descriptions"),
+    *("description", "origin_url", "notes", "license"),
+)
 
 
 def cfg_for_data(cfg: PretrainedCfg, dataset: str) -> PretrainedCfg:
@@ -52,6 +64,30 @@ def cfg_for_data(cfg: PretrainedCfg, dataset: str) -> PretrainedCfg:
         mean=data.mean,
         std=data.std,
         label_names=data.labels,  # type: ignore[arg-type]  # timm means a tuple of any length
+    )
+
+
+def retrained_cfg(cfg: PretrainedCfg, dataset: str, image_size: int = 0) -> PretrainedCfg:
+    """The configuration of a model that was trained on a data set, whatever weights it had before.
+
+    Args:
+        cfg: what the architecture alone decides, or a model's configuration.
+        dataset: name of the data set in `poolskip_zoo.data`.
+        image_size: pixels that its images were resized to; 0 for the data set's own.
+
+    Returns:
+        A copy without what it says of other weights: where they are, what they are of, how they are measured best.
+    """
+    of_data = cfg_for_data(cfg, dataset)
+    if image_size:
+        of_data = dataclasses.replace(of_data, input_size=(3, image_size, image_size))
+    return dataclasses.replace(
+        of_data,
+        # The final map's size is that of the architecture's own input.
+        pool_size=cfg.pool_size if of_data.input_size == cfg.input_size else None,
+        crop_mode="center",
+        custom_load=False,
+        **dict.fromkeys(_OF_OTHER_WEIGHTS),
     )
 
 
@@ -125,29 +161,13 @@ class Checkpoint:
         Returns:
             A copy with the data's and the checkpoint's own entries.
         """
-        of_data = cfg_for_data(cfg, self.dataset)
         return dataclasses.replace(
-            of_data,
-            # The final map's size is that of the architecture's own input.
-            pool_size=cfg.pool_size if of_data.input_size == cfg.input_size else None,
+            retrained_cfg(cfg, self.dataset),
             hf_hub_id=self.hub_id,
             # Named, so that an unreachable Hub is asked once and not again for a pickle.
             hf_hub_filename="model.safetensors",
             architecture=None,
-            tag=None,
-            custom_load=False,
-            url=None,
             license=self.licence,
-            # What the base's configuration says of its own weights.
-            test_input_size=None,
-            test_crop_pct=None,
-            test_pool_size=None,
-            crop_mode="center",
-            label_offset=None,
-            label_descriptions=None,
-            description=None,
-            origin_url=None,
-            notes=None,
             paper_ids="arXiv:2409.13154" if self.arch.endswith(SUFFIX) else cfg.paper_ids,
         )
 
@@ -171,6 +191,24 @@ class SegmentationCheckpoint(Checkpoint):
     window: tuple[int, ...] = ()
     overlap: float = 0.5
     class_iou: tuple[float | None, ...]
+
+
+def timm_config(model: Any, dataset: str) -> dict[str, Any]:
+    """The config.json by which timm loads a folder of weights.
+
+    Args:
+        model: a classifier with the configuration of what it was trained on.
+        dataset: name of the data set, for the names of its classes.
+
+    Returns:
+        Plain data.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        save_config_for_hf(model, str(path), {"label_names": DATASETS[dataset].labels})
+        made: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    made["model_args"].pop("num_classes", None)  # it stands above too, and HF transformers would pass both
+    return made
 
 
 _CHECKPOINTS: dict[str, Checkpoint] = {}

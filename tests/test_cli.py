@@ -12,29 +12,29 @@ from PIL import Image
 
 import poolskip_zoo
 from poolskip_zoo import inference
-from poolskip_zoo.cli import main
+from poolskip_zoo.cli import main, subject
 from poolskip_zoo.cli.demo import _pooled_map
 from poolskip_zoo.data import DATASETS
 from poolskip_zoo.layers import max_pool_unpool2d, pool_skip_modules
 from poolskip_zoo.registry.resolve import hub_cards_dir
 from poolskip_zoo.registry.segmentation import create_segmentation
 from poolskip_zoo.samples import sample_paths
-from poolskip_zoo.training import load_recipe
 
 
 @pytest.fixture
 def untrained(monkeypatch):
     """Let `predict` and `demo` take seeded, untrained nets, so that they run without weights."""
 
-    def build(cls, name):
+    def build(name):
         torch.manual_seed(0)
-        return cls(poolskip_zoo.create_model("test_resnet_cifar_poolskip"))
+        return poolskip_zoo.create_model("test_resnet_cifar_poolskip")
 
     def build_segmenter(cls, name):
         torch.manual_seed(0)
         return cls(create_segmentation("unet", {"encoder_name": "tu-test_resnet"}, 11).eval(), "camvid", 64)
 
-    monkeypatch.setattr(inference.Classifier, "from_pretrained", classmethod(build))
+    monkeypatch.setattr(inference.Classifier, "from_pretrained", classmethod(lambda cls, name: cls(build(name))))
+    monkeypatch.setattr(subject, "load", lambda name, *_: subject.Subject(name, build(name), subject.FRESH))
     monkeypatch.setattr(inference.Segmenter, "from_pretrained", classmethod(build_segmenter))
 
 
@@ -143,10 +143,10 @@ def test_demo_needs_a_model_that_knows_the_images(tmp_path, monkeypatch, capsys)
         (["validate", "resnet18_poolskip", "--checkpoint", "nowhere.safetensors"], "nowhere.safetensors"),
         (["list", "resnet420_cifar", "--pretrained"], "`poolskip list --pretrained` prints all"),
         (["validate", "resnet18_poolskipp"], "unknown model 'resnet18_poolskipp'"),
-        (["validate", "resnet420_cifar"], "resnet420_cifar has no weights: give --checkpoint"),
+        (["validate", "resnet420_cifar"], "resnet420_cifar has no weights; give --checkpoint"),
         (["validate", "unet_resnet50.nothing"], "unknown model 'unet_resnet50.nothing'"),
         (["predict", "deeplabv3plus_resnet50.voc2012", "x.jpg"], "no weights of deeplabv3plus_resnet50.voc2012"),
-        (["validate", "deeplabv3plus_resnet50.voc2012"], "--checkpoint FOLDER/model.safetensors"),
+        (["validate", "deeplabv3plus_resnet50.voc2012"], "give the folder of its run"),
         (["export", "test_resnet_poolskip", "--no-pretrained", "--batch", "0", "--dynamic"], "--batch 0 must be"),
         (["export", "test_resnet_poolskip", "--no-pretrained", "--size", "64", "0"], "--size 64 0 must be"),
         (["prune", "resnet20_cifar.c10", "--dataset", "cifar11"], "unknown dataset 'cifar11': one of cifar10,"),
@@ -179,23 +179,6 @@ def test_mistakes_end_in_one_line(arguments, said, capsys):
 def test_wrong_options_are_argparse_s(arguments, said, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
-    assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["export", "RUN"], "RUN is a run folder"),
-        (["predict", "resnet20_cifar", "x.jpg", "--checkpoint", "RUN/model.safetensors"], "create_model(NAME, checkp"),
-    ],
-)
-def test_runs_of_classifiers_are_told_how_to_load(tmp_path, monkeypatch, capsys, arguments, said):
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "RUN"
-    folder.mkdir()
-    (folder / "model.safetensors").touch()
-    (folder / "recipe.yaml").write_text(load_recipe("resnet20_cifar.c10").to_yaml())
-    assert main(arguments) == 2
     assert said in capsys.readouterr().err
 
 

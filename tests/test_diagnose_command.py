@@ -10,7 +10,7 @@ from timm.models._hub import save_for_hf
 
 import poolskip_zoo
 from poolskip_zoo.cli import main
-from poolskip_zoo.cli.diagnose import load
+from poolskip_zoo.cli.subject import load
 
 
 @pytest.fixture
@@ -129,9 +129,9 @@ def test_a_recorded_checkpoint_is_shown_what_its_own_recipe_held_out():
         (["torch.nn:Conv9d"], "has no attribute 'Conv9d'"),
         (["torch.nn:Conv2d(1, 2)"], "torch.nn:Conv2d(1, 2): TypeError"),
         (["torch.nn:Conv2d(3, width, 3)"], "must be literals"),
-        (["torch.nn:Conv2d(3, 4, 3"], "is no model, file, run folder or MODULE:FUNCTION(ARGUMENTS)"),
+        (["torch.nn:Conv2d(3, 4, 3"], "a file, a folder or a call MODULE:FUNCTION(ARGUMENTS)"),
         (["torch:zeros(3)"], "is Tensor, no torch.nn.Module"),
-        (["resnet51"], "'resnet51' is no model, file, run folder"),
+        (["resnet51"], "unknown model 'resnet51': neither a name"),
         (["resnet18.nothing"], "resnet18 has no weights 'nothing'"),
         (["resnet18", "--compare", "resnet18"], "the two are the same"),
         (["resnet18", "--images", "-1"], "--images -1"),

@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -353,11 +352,10 @@ def test_runs_that_would_not_load_by_their_name_are_refused(finish, tmp_path, ca
 
 def test_a_run_of_the_base_is_measured_with_its_stem(finish):
     """As `poolskip validate resnet50 --checkpoint …` builds it."""
-    from poolskip_zoo.cli.validate import _model, recipe_beside
+    from poolskip_zoo.cli.subject import load
 
     run, net = finish("test_resnet", {"stem_stride": 2})
-    weights = str(run / "model.safetensors")
-    arguments = SimpleNamespace(name="test_resnet", checkpoint=weights)
-    model = _model(arguments, recipe_beside("test_resnet", weights), 10).eval()
     x = images(ARCH, size=(32, 32))
-    assert_same(model(x), net.half().float().eval()(x))
+    expected = net.half().float().eval()(x)
+    for named in (("test_resnet", str(run / "model.safetensors")), (str(run),)):
+        assert_same(load(*named).model(x), expected)

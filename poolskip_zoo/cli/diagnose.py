@@ -1,10 +1,10 @@
 """`poolskip diagnose`: what the filters of a model are like, and which do nothing."""
 
 import argparse
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .subject import Subject, load
 
 HELP = "measure a model's filters: sparsity, inert and dead ones, variety, gradients"
 # Images of one forward and backward pass.
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--compare {args.compare}: the two are the same")
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)  # an unwritable place is said before the work
-    subjects = [load(name) for name in (args.name, args.compare) if name]
+    subjects = [load(name, pretrained=None) for name in (args.name, args.compare) if name]
     # A model whose data are not known is shown those of the model beside it.
     dataset = args.dataset or next((each.dataset for each in subjects if each.dataset), None)
     # Both are shown the same images, held out by both: the fewer are among the more.
@@ -89,146 +89,6 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             print("\n".join(map(str, paths)))
     return 0
-
-
-@dataclass
-class Subject:
-    """A model and what is known of it; `recipe` only of a run and of segmentation."""
-
-    name: str
-    model: Any
-    weights: str
-    dataset: str | None
-    recipe: Any = None
-
-    @property
-    def has_seen_all(self) -> bool:
-        """Whether its recipe held out none of the data set's training images."""
-        return self.recipe is not None and (self.recipe.dataset, self.recipe.hold_out) == (self.dataset, 0)
-
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        """Channels, height and width of what the model was trained on.
-
-        Raises:
-            ValueError: if the model does not say.
-        """
-        from ..data import DATASETS
-
-        if not self.recipe and not hasattr(self.model, "pretrained_cfg"):
-            raise ValueError(f"{self.name} does not say what size of images it takes: a model of timm or ours does")
-        if not self.recipe:
-            return tuple(self.model.pretrained_cfg["input_size"])
-        size = self.recipe.image_size or DATASETS[self.recipe.dataset].image_size
-        return 3, size, size
-
-
-FRESH = "fresh weights"
-# A function of a module, and its arguments: MODULE:FUNCTION or MODULE:FUNCTION(ARGUMENTS).
-_CALL = re.compile(r"(?P<module>[\w.]+):(?P<function>[\w.]+)(?P<arguments>\(.*\))?", re.DOTALL)
-
-
-def load(name: str) -> Subject:
-    """Make a model by its name or from its files.
-
-    Args:
-        name: model of timm or ours, safetensors file, run folder, or a call of a Python function.
-
-    Returns:
-        The model with its weights.
-
-    Raises:
-        ValueError: if there is no such model, file, folder or function, or no such weights.
-        RuntimeError: if weights cannot be had or do not fit.
-    """
-    from timm.models import is_model
-
-    from ..inference import load_model
-    from ..registry.checkpoint import find
-    from ..training import load_recipe
-    from .validate import segmentation_model, segments
-
-    if called := _CALL.fullmatch(name):
-        return Subject(name, _call(name, **called.groupdict()), "as made by the function", None)
-    path = Path(name.removeprefix("local-dir:"))
-    file = path / "model.safetensors" if path.is_dir() else path
-    if file.is_file():
-        return load_file(name, file)
-    if (path / "config.json").is_file():
-        return Subject(name, load_model(f"local-dir:{path}"), f"weights of {path}", None)
-    if segments(name, None):
-        recipe, model = segmentation_model(name, None, None)
-        return Subject(name, model.eval(), "recorded weights", recipe.dataset, recipe)
-    arch, _, tag = name.partition(".")
-    if not is_model(arch):
-        raise ValueError(
-            f"{name!r} is no model, file, run folder or MODULE:FUNCTION(ARGUMENTS); `poolskip list` prints the names"
-        )
-    record = find(name) if tag else None
-    model = load_model(name, bool(tag))
-    if record is None:
-        return Subject(name, model, f"weights {tag}" if tag else FRESH, None)
-    return Subject(name, model, f"weights {tag}", record.dataset, load_recipe(record.recipe))
-
-
-def _call(name: str, module: str, function: str, arguments: str | None) -> Any:
-    """Call a function of a module that can be imported, the current folder's included, for its model."""
-    import ast
-    import importlib
-    import operator
-    import sys
-
-    from torch import nn
-
-    try:
-        call: Any = ast.parse(f"f{arguments or '()'}", mode="eval").body
-        positional = [ast.literal_eval(each) for each in call.args]
-        keywords = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
-    except (AttributeError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name}: its arguments must be literals, as in 'm:f(10, size=(4, 4))'") from error
-    sys.path.insert(0, "")
-    try:
-        model = operator.attrgetter(function)(importlib.import_module(module))(*positional, **keywords)
-    except Exception as error:
-        raise ValueError(f"{name}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove("")
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{name} is {type(model).__name__}, no torch.nn.Module")
-    return model.eval()
-
-
-def load_file(name: str, file: Path) -> Subject:
-    """Make the model of a safetensors file by what stands beside it.
-
-    Args:
-        name: what to call it.
-        file: the weights, beside recipe.yaml or config.json.
-
-    Returns:
-        The model with its weights.
-
-    Raises:
-        ValueError: if neither stands beside it.
-        RuntimeError: if the weights do not fit.
-    """
-    from ..inference import load_model
-    from ..registry.segmentation import load_weights
-    from ..training import load_recipe
-    from ..training.task import make_task
-
-    if file.with_name("recipe.yaml").is_file():
-        recipe = load_recipe(file.with_name("recipe.yaml"))
-        model = load_weights(make_task(recipe).make_model(trained=True), file)
-        return Subject(name, model, f"trained by {recipe.name}", recipe.dataset, recipe)
-    if file.with_name("config.json").is_file():
-        if "_model_class" in file.with_name("config.json").read_text(encoding="utf-8"):
-            import segmentation_models_pytorch as smp
-
-            return Subject(name, smp.from_pretrained(str(file.parent)).eval(), f"weights of {file}", None)
-        model = load_model(f"local-dir:{file.parent}")
-        return Subject(name, model, f"weights of {file}", None)
-    raise ValueError(f"{file} does not say of which model it is: neither recipe.yaml nor config.json stand beside it")
 
 
 def _batches(args: argparse.Namespace, subject: Subject, device: Any, hold_out: int) -> Any:
@@ -278,10 +138,8 @@ def image_batches(
     whole = load_split(subject.dataset or "", split, data_dir, hold_out=hold_out)
     chosen = _spread(len(whole), images)
     part = Split(whole.images[chosen], whole.labels[chosen], whole.classes)
-    config = getattr(subject.model, "pretrained_cfg", None)
-    if subject.recipe or not config:
-        mean, std, size = info.mean, info.std, (subject.recipe and subject.recipe.image_size) or info.image_size
-    else:
+    mean, std, size = info.mean, info.std, info.image_size
+    if config := getattr(subject.model, "pretrained_cfg", None):
         mean, std, size = config["mean"], config["std"], config["input_size"][1]
     loader = EvalLoader(part, _BATCH, mean=mean, std=std, image_size=size, device=device)
     # Labels of other classes than the model's say nothing of its loss.
@@ -297,7 +155,7 @@ def _scene_batches(args: argparse.Namespace, subject: Subject, device: Any) -> A
     from ..data.scene_loader import SceneEvalLoader
     from ..data.scenes import Scenes, load_scenes
 
-    if not subject.recipe or not subject.recipe.segments:
+    if not subject.segments:
         raise ValueError(f"{subject.name} does not segment: give a --dataset with one label for an image")
     info = DATASETS[subject.recipe.dataset]
     scenes = load_scenes(subject.recipe.dataset, ("val",), args.data_dir, hold_out=subject.recipe.hold_out)[0]

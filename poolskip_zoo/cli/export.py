@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: parser of this verb.
     """
-    parser.add_argument("name", metavar="NAME_OR_DIR", help="any timm model or checkpoint of ours, or its folder")
+    parser.add_argument(
+        "name", metavar="NAME_OR_DIR", help="any timm model, checkpoint of ours, or folder of a run or timm"
+    )
     parser.add_argument("--target", help="runtime: onnxruntime (default), openvino, web, litert, executorch, coreml, …")
     parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: the name in this folder)")
     parser.add_argument("--format", choices=_FORMATS, help="default: by the suffix of --output, else the target's")
@@ -137,35 +139,28 @@ def _options(args: argparse.Namespace, kind: str, known: tuple[str, ...]) -> dic
 
 def _loaded(name: str, pretrained: bool) -> tuple[Any, dict[str, Any]]:
     """A model, and what a predictor needs to know of it."""
-    from ..inference import load_model
-    from ..registry.checkpoint import SegmentationCheckpoint, find
+    from ..registry.checkpoint import find
+    from .subject import load
 
-    config, record = Path(name, "config.json"), find(name)
-    of_smp = config.is_file() and "_model_class" in config.read_text(encoding="utf-8")
-    if of_smp or Path(name, "recipe.yaml").is_file():
-        loads = "smp.from_pretrained(FOLDER)" if of_smp else "timm.create_model(NAME, checkpoint_path=FILE)"
+    subject = load(name, pretrained=pretrained, way_out="--no-pretrained exports random ones")
+    if subject.segments:
+        return subject.model, _of_segmentation(subject)
+    if not hasattr(subject.model, "pretrained_cfg"):
         recorded = f"give its name, {Path(name).name}, or " if find(Path(name).name) else ""
         raise ValueError(
-            f"{name} is a {'segmentation' if of_smp else 'run'} folder: {recorded}load its model in Python ({loads}) "
-            "and give it to poolskip_zoo.export"
+            f"{name} does not say what images it takes: {recorded}load its model in Python (smp's folders by "
+            "smp.from_pretrained) and give it to poolskip_zoo.export"
         )
-    if isinstance(record, SegmentationCheckpoint):
-        return _segmentation(record, pretrained)
-    model = load_model(name, pretrained, "--no-pretrained exports random ones")
-    return model, _metadata(model)
+    return subject.model, _of_classification(subject)
 
 
-def _segmentation(record: Any, pretrained: bool) -> tuple[Any, dict[str, Any]]:
+def _of_segmentation(subject: Any) -> dict[str, Any]:
     from ..inference import Segmenter
-    from ..registry.segmentation import build_recorded
 
-    if pretrained:
-        segmenter = Segmenter.from_pretrained(record.name)
-    else:
-        segmenter = Segmenter(build_recorded(record), record.dataset)
+    segmenter = Segmenter(subject.model, subject.dataset)
     # smp's encoders take multiples of 32.
-    side = -(-(record.image_size or 256) // 32) * 32
-    return segmenter.model, {
+    side = -(-(subject.recipe.image_size or 256) // 32) * 32
+    return {
         "task": "segmentation",
         "input_size": [3, side, side],
         "mean": segmenter.info.mean,
@@ -173,23 +168,21 @@ def _segmentation(record: Any, pretrained: bool) -> tuple[Any, dict[str, Any]]:
         "interpolation": "bilinear",
         "crop_pct": 1.0,
         "class_names": segmenter.labels,
-        "checkpoint": record.name,
+        "checkpoint": Path(subject.name).name,
     }
 
 
-def _metadata(model: Any) -> dict[str, Any]:
-    """What a predictor needs, of the model's configuration."""
+def _of_classification(subject: Any) -> dict[str, Any]:
     from timm.data import resolve_model_data_config
 
     from ..inference import Classifier
 
-    config = resolve_model_data_config(model)
+    config = resolve_model_data_config(subject.model)
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    cfg = model.pretrained_cfg
-    checkpoint = ".".join(str(cfg[key]) for key in ("architecture", "tag") if cfg.get(key))
+    cfg = subject.model.pretrained_cfg
     return {
         "task": "classification",
         **{key: config[key] for key in keys},
-        "class_names": Classifier(model).labels,
-        "checkpoint": checkpoint,
+        "class_names": Classifier(subject.model).labels,
+        "checkpoint": f"{cfg['architecture']}.{cfg['tag']}" if cfg.get("tag") else Path(subject.name).name,
     }

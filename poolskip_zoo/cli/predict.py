@@ -14,14 +14,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: parser of this verb.
     """
-    parser.add_argument("name", help="model with weights, such as resnet20_cifar_poolskip.c10, or a folder")
+    parser.add_argument(
+        "name", help="model with weights, such as resnet20_cifar_poolskip.c10, or folder of a run or timm"
+    )
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--top", type=int, default=3, help="classes to print per image (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON line per image")
     parser.add_argument("--output", default=".", help="folder for overlays of segmentation (default: this folder)")
     parser.add_argument(
-        "--checkpoint", metavar="FILE", help="segmentation: model.safetensors that `poolskip train` wrote"
+        "--checkpoint", metavar="FILE", help="weights of NAME: `poolskip train`'s, or a file of timm's train.py"
     )
+    parser.add_argument("--dataset", help="what --checkpoint was trained on (default: what its recipe.yaml says)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,18 +44,12 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from ..inference import Classifier, read_image
-    from .validate import name_run, recipe_beside, segments
+    from .subject import load
 
-    name_run(args)
-    recipe = recipe_beside(args.name, args.checkpoint)
-    if segments(args.name, recipe):
-        return _segment(args, recipe)
-    if args.checkpoint:
-        raise ValueError(
-            f"--checkpoint {args.checkpoint} is no run of segmentation; weights of a classifier load by "
-            "timm.create_model(NAME, checkpoint_path=FILE)"
-        )
-    classifier = Classifier.from_pretrained(args.name)
+    subject = load(args.name, args.checkpoint, args.dataset)
+    if subject.segments:
+        return _segment(args, subject)
+    classifier = Classifier(subject.model)
     _check_top(args.top, classifier.labels)
     images = [read_image(path) for path in args.images]
     for path, ranked in zip(args.images, classifier(images), strict=True):
@@ -69,20 +66,19 @@ def _check_top(top: int, labels: list[str]) -> None:
         raise ValueError(f"--top {top}: expected 1 to {len(labels)}")
 
 
-def _segment(args: argparse.Namespace, recipe: Any) -> int:
+def _segment(args: argparse.Namespace, subject: Any) -> int:
     """Write an overlay for each image, and print the classes with most pixels."""
     import json
     from pathlib import Path
 
     from ..inference import Segmenter, draw_segments, read_image
-    from .validate import segmentation_model
 
     stems = [Path(path).stem for path in args.images]
     twice = next((stem for stem in stems if stems.count(stem) > 1), None)
     if twice is not None:
         raise ValueError(f"two images named {twice} would share an overlay: give them in two calls, with --output")
-    recipe, model = segmentation_model(args.name, recipe, args.checkpoint)
-    segmenter = Segmenter(model, recipe.dataset, recipe.image_size, recipe.window, recipe.overlap)
+    recipe = subject.recipe
+    segmenter = Segmenter(subject.model, recipe.dataset, recipe.image_size, recipe.window, recipe.overlap)
     _check_top(args.top, segmenter.labels)
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)

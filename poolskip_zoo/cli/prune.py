@@ -51,18 +51,18 @@ def run(args: argparse.Namespace) -> int:
     from ..diagnostics.cost import count_macs, count_parameters
     from ..export.targets import check_output
     from ..pruning import prune_inert
-    from .diagnose import FRESH, load
+    from .subject import FRESH, load
 
     path = check_output(args.output or f"{Path(args.name).name}.pruned.pt2", ".pt2", ".onnx")
     if args.images < 0:
         raise ValueError(f"--images {args.images} must be at least 0")
-    subject = load(args.name)
+    subject = load(args.name, pretrained=None)
     if subject.weights == FRESH:
         raise ValueError(
             f"{args.name} has no tag, so its weights are fresh ones: `poolskip list --pretrained` has tags"
         )
     subject.dataset = args.dataset or subject.dataset
-    if subject.recipe and subject.recipe.segments:
+    if subject.segments:
         raise ValueError(f"{args.name} segments: only classifiers are pruned")
     size = subject.input_size
     images, test = _images(args, subject)

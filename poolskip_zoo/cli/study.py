@@ -101,13 +101,13 @@ def _measure(recipe: Any, args: argparse.Namespace) -> tuple[Any, list[Any]]:
     from ..training.many import held_out_accuracy
     from ..training.metrics import write_json
     from ..training.state import run_folder
-    from .diagnose import load_file
+    from .subject import of_run
 
     folder = run_folder(args.runs, recipe)
     path = folder / "diagnosis.json"
     diagnosis = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if diagnosis.get("images") != min(args.images, recipe.hold_out):
-        subject = load_file(recipe.name, folder / "model.safetensors")
+        subject = of_run(recipe.name, folder / "model.safetensors")
         diagnosis = {"macs": count_macs(subject.model, subject.input_size), **_diagnose(subject, args)}
         write_json(path, diagnosis)
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import tempfile
 import textwrap
 from importlib.resources import files
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import create_model
-from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from ..contexts import write_atomic
@@ -19,7 +17,7 @@ from ..data import DATASETS
 from ..diagnostics.cost import count_macs, count_parameters
 from ..layers import pool_skip_modules
 from ..registry.catalogue import base_name, create_base
-from ..registry.checkpoint import SUFFIX, Checkpoint, SegmentationCheckpoint, find
+from ..registry.checkpoint import SUFFIX, Checkpoint, SegmentationCheckpoint, find, timm_config
 from ..registry.segmentation import build_recorded, smp_config
 from . import segmentation
 from .template import BODY, CITATION, FILES_SECTION, TRAIN_FIRST, USE
@@ -113,12 +111,7 @@ def config(record: Checkpoint) -> dict[str, Any]:
     """
     if isinstance(record, SegmentationCheckpoint):
         return smp_config(_on_meta(record))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        save_config_for_hf(_on_meta(record), str(path), {"label_names": DATASETS[record.dataset].labels})
-        made = json.loads(path.read_text(encoding="utf-8"))
-        del made["model_args"]["num_classes"]  # it stands above too, and HF transformers would pass both
-        return made
+    return timm_config(_on_meta(record), record.dataset)
 
 
 def write_card(record: Checkpoint, folder: Path) -> None:

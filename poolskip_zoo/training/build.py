@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.models import PretrainedCfg
 from torch import nn
 
 from ..data import DATASETS, EvalLoader, Split, TrainLoader
 from ..data.augment import Augment
 from ..registry.catalogue import create_base
-from ..registry.checkpoint import SUFFIX
+from ..registry.checkpoint import SUFFIX, retrained_cfg
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -90,19 +91,20 @@ def make_model(recipe: Recipe) -> nn.Module:
 
         close = difflib.get_close_matches(recipe.model, timm.list_models(), 3)
         raise ValueError(f"unknown model {recipe.model!r}; similar: {', '.join(close) or 'none'}")
-    return create_classifier(recipe.model, DATASETS[recipe.dataset].num_classes, recipe.model_args)
+    return create_classifier(recipe.model, recipe.dataset, recipe.model_args, recipe.image_size)
 
 
-def create_classifier(name: str, num_classes: int, model_args: Mapping[str, Any]) -> nn.Module:
+def create_classifier(name: str, dataset: str, model_args: Mapping[str, Any], image_size: int = 0) -> nn.Module:
     """Make a model by a recipe's arguments, of which a base takes those of our classes too: one recipe is of both.
 
     Args:
         name: Model name with or without tag.
-        num_classes: Number of classes.
+        dataset: Data set whose classes and preprocessing it has.
         model_args: Keywords of `timm.create_model`.
+        image_size: Pixels that the data set's images are resized to, 0 for its own.
 
     Returns:
-        The model on the CPU.
+        The model on the CPU, its configuration that of the data.
 
     Raises:
         ValueError: If the model does not take ``model_args``.
@@ -111,12 +113,15 @@ def create_classifier(name: str, num_classes: int, model_args: Mapping[str, Any]
 
     make = create_base if timm.is_model(name.partition(".")[0] + SUFFIX) else timm.create_model
     try:
-        return make(name, num_classes=num_classes, **model_args)
+        model: Any = make(name, num_classes=DATASETS[dataset].num_classes, **model_args)
     # As timm refuses keywords and values.
     except (TypeError, AssertionError, KeyError) as error:
         raise ValueError(
             f"{name} does not take model_args={dict(model_args)}: {type(error).__name__} {error}"
         ) from error
+    cfg = retrained_cfg(PretrainedCfg(**model.pretrained_cfg), dataset, image_size)
+    model.pretrained_cfg = model.default_cfg = cfg.to_dict()
+    return model
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ from ..data import DATASETS, load_splits
 from ..data.scene_augment import SceneAugment
 from ..data.scene_loader import SceneEvalLoader, SceneTrainLoader
 from ..data.scenes import Scenes, load_scenes
+from ..registry.checkpoint import timm_config
 from ..registry.segmentation import create_segmentation, smp_config
 from . import build
 from .evaluate import Batches, Scores, SegmentationScores, evaluate, evaluate_segmentation, pixel_cross_entropy
@@ -104,8 +105,12 @@ class Classification:
         return evaluate(model, loader, **settings)
 
     def files(self, model: nn.Module) -> dict[str, Any]:
-        """Give nothing: timm's configuration is made of the checkpoint's record."""
-        return {}
+        """Give timm's config.json, so that `timm.create_model("local-dir:FOLDER")` loads the folder."""
+        made: Any = model
+        # A base with arguments of our classes is one of them without its Pool Skip: no name of timm's makes it.
+        if made.pretrained_cfg["architecture"] != self.recipe.model.partition(".")[0]:
+            return {}
+        return {"config.json": timm_config(made, self.recipe.dataset)}
 
 
 class Segmentation:
