@@ -78,6 +78,7 @@ def retrained_cfg(cfg: PretrainedCfg, dataset: str, image_size: int = 0) -> Pret
     Returns:
         A copy without what it says of other weights: where they are, what they are of, how they are measured best.
     """
+    nothing: dict[str, Any] = dict.fromkeys(_OF_OTHER_WEIGHTS)
     of_data = cfg_for_data(cfg, dataset)
     if image_size:
         of_data = dataclasses.replace(of_data, input_size=(3, image_size, image_size))
@@ -87,7 +88,7 @@ def retrained_cfg(cfg: PretrainedCfg, dataset: str, image_size: int = 0) -> Pret
         pool_size=cfg.pool_size if of_data.input_size == cfg.input_size else None,
         crop_mode="center",
         custom_load=False,
-        **dict.fromkeys(_OF_OTHER_WEIGHTS),
+        **nothing,
     )
 
 

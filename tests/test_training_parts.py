@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 from safetensors.torch import load_file
 from test_training import recipe
@@ -43,6 +44,20 @@ def test_biases_and_norms_have_no_weight_decay() -> None:
         decayed = [p for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
         assert [p.ndim for p in decayed] == [4]
         assert optimizer.defaults["nesterov"] is nesterov
+
+
+def test_all_parameters_have_weight_decay_on_demand() -> None:
+    everything = {"optimizer_args": {"filter_bias_and_bn": False}}
+    net = smp.Unet("tu-test_resnet", encoder_weights=None)
+    scenes = {"name": "a.b", "model": "unet", "dataset": "camvid", "crop_size": [32, 32], "weight_decay": 0.01}
+    for settings, model in (
+        (recipe(**everything), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))),
+        (make_recipe({**scenes, **everything}), net),
+        (make_recipe({**scenes, **everything, "encoder_lr": 0.1}), net),
+    ):
+        groups = build.make_optimizer(settings, model).param_groups
+        assert {group["weight_decay"] for group in groups} == {settings.weight_decay}
+        assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
 def test_what_a_vit_exempts_is_exempt_as_an_encoder_too() -> None:

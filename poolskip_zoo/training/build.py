@@ -125,7 +125,7 @@ def create_classifier(name: str, dataset: str, model_args: Mapping[str, Any], im
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """Make the optimizer, without weight decay on biases and norms.
+    """Make the optimizer, without weight decay on biases and norms unless ``optimizer_args`` ask for it.
 
     Args:
         recipe: The run.
@@ -154,7 +154,9 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
             if prefix and hasattr(module, "no_weight_decay")
             for name in module.no_weight_decay()
         ]
-        parameters = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=exempt)
+        parameters = [{"params": list(model.parameters())}]
+        if recipe.optimizer_args.get("filter_bias_and_bn", True):
+            parameters = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=exempt)
     if recipe.encoder_lr != 1:
         encoder = set(model.get_submodule("encoder").parameters())
         parameters = [

@@ -47,7 +47,8 @@ class Recipe:
         momentum: SGD momentum (beta1 in others is set by ``optimizer_args``), 0 to 1.
         nesterov: Nesterov momentum; SGD alone.
         weight_decay: >= 0; biases, norms and what the model exempts have none, as in timm.
-        optimizer_args: More keywords of the optimizer.
+        optimizer_args: More keywords of the optimizer; with ``filter_bias_and_bn: false``, timm's name for it, all
+            parameters have weight decay, as where a torch optimizer is given `model.parameters()`.
         encoder_lr: Factor on the learning rate of a segmentation model's encoder, > 0.
         scheduler: ``cosine``, ``linear``, ``poly`` (power 0.9; all down to ``min_lr``) or ``constant``; stepped at
             every update.
