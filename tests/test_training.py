@@ -184,6 +184,11 @@ def test_a_run_learns_and_leaves_its_records(data: Path, tmp_path: Path) -> None
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").glob("events.*"))
     assert not list(folder.glob(".*"))  # no temporary files
+    import timm
+
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    saved = load_file(folder / "model.safetensors")
+    assert all(torch.equal(value, saved[key]) for key, value in loaded.state_dict().items())
 
 
 def test_saved_weights_are_the_moving_average_in_float16(finished: Path) -> None:
@@ -373,7 +378,7 @@ def test_commands(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     # The run's folder says all of it; timm's scripts and `save_for_hf` leave the same weights in their own forms.
     assert call(validate_verb, weights.parent, "--data-dir", data, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == result
+    assert json.loads(capsys.readouterr().out) == {**result, "name": "test_resnet.tiny"}
 
     import timm
 

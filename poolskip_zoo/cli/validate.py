@@ -109,10 +109,9 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     if not subject.dataset:
         raise unknown
     scores = (_segmentation if subject.segments else _classification)(args, subject)
-    # A run goes by the name that its record will have.
-    of_run = subject.recipe and not is_name(args.name)
-    name = args.name if not of_run else subject.recipe.name if subject.segments else subject.recipe.model
-    told = {"name": name, "dataset": subject.dataset, "sha256": subject.sha256}
+    # A run's folder goes by the name that its record will have.
+    of_run = subject.recipe and not (is_name(args.name) or args.checkpoint)
+    told = {"name": subject.recipe.name if of_run else args.name, "dataset": subject.dataset, "sha256": subject.sha256}
     return {**told, **dataclasses.asdict(scores.pop("scores")), **scores}
 
 
