@@ -13,8 +13,8 @@ from typing import Any
 
 import timm
 import torch
-from operator_speed import medians, table
 from torch import nn
+from turns import medians, table
 
 import poolskip_zoo  # noqa: F401  registers the models
 from poolskip_zoo.hub.verify import checkpoint_cfg

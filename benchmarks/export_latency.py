@@ -10,14 +10,15 @@ import logging
 import statistics
 import sys
 import tempfile
-import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 from torch import nn
+from turns import in_turns
 
 import poolskip_zoo  # noqa: F401
 from poolskip_zoo.export import to_onnx
@@ -58,7 +59,7 @@ def floor():
     module = sys.modules[to_onnx.__module__]
     verify = module.verify
     kept = Writer.place, module._flips, verify.check_blocks, verify.check_outputs, verify.judge
-    Writer.place, module._flips = (lambda self, *_: self.op.Identity(self.x)), (lambda *_: 0.0)
+    Writer.place, module._flips = (lambda self, *_: self.op.Identity(self.x)), (lambda *_: {})
     verify.check_blocks, verify.check_outputs, verify.judge = (lambda *_: 0), (lambda *_: {}), (lambda *_: None)
     try:
         yield
@@ -96,18 +97,6 @@ def load(path, runtime):
     return lambda x: session.run(None, {key: x})[0]
 
 
-def measure(programs, x, runs):
-    """Median CPU time of the process in ms, and output, of each program; every other round runs backwards."""
-    times, outputs = {name: [] for name in programs}, {}
-    for run in range(runs + 2):
-        for name in list(programs)[:: -1 if run % 2 else 1]:
-            start = time.process_time()
-            outputs[name] = programs[name](x)
-            if run >= 2:
-                times[name].append(time.process_time() - start)
-    return {name: 1e3 * statistics.median(values) for name, values in times.items()}, outputs
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -135,9 +124,11 @@ def main():
                 programs.update(
                     {(kind, form): load(Path(folder, kind, f"{form}.onnx"), args.runtime) for form in FORMS}
                 )
-            found, outputs = measure(programs, x, args.runs)
+            calls = {name: partial(program, x) for name, program in programs.items()}
+            outputs, seconds = in_turns(calls, args.runs)
         with torch.no_grad():
             expected = model(torch.from_numpy(x)).numpy()
+        found = {name: 1e3 * statistics.median(spent) for name, spent in seconds.items()}
         for (kind, form), ms in found.items():
             over, faster = ms / found[kind, "floor"], found[kind, "index"] / ms
             error = np.abs(outputs[kind, form] - expected).max() / np.abs(expected).max()

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from operator_speed import medians, table
 from torch import Tensor
+from turns import medians, table
 
 E = 4
 # Channels and height; the last two maps, 14 and 7, are rounded up to whole windows.

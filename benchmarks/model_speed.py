@@ -14,8 +14,9 @@ import types
 
 import timm
 import torch
-from operator_speed import clock, medians, stock_block, table
+from operator_speed import stock_block
 from torch import Tensor, nn
+from turns import clock, medians, table
 
 import poolskip_zoo  # noqa: F401  registers the models
 from poolskip_zoo.layers import pool_skip_modules

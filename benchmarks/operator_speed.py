@@ -10,15 +10,14 @@ Prints Markdown tables.
 import argparse
 import os
 import resource
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from turns import medians, table
 
 from poolskip_zoo.layers import PoolSkip2d, max_pool_unpool2d
 from poolskip_zoo.layers.kernels import TRITON_VARIABLE
@@ -45,26 +44,6 @@ def stock_block(layer: PoolSkip2d, x: Tensor) -> Tensor:
     return x + layer.conv(stock_maxima(x, layer.window[0]))
 
 
-def clock(device: str, threads: int) -> float:
-    """Seconds; of this thread alone where it is the only one that works."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.thread_time() if device == "cpu" and threads == 1 else time.perf_counter()
-
-
-def medians(functions: list[Callable[[], object]], rounds: int, device: str, threads: int) -> list[float]:
-    """Median seconds of each function, in turns."""
-    times: list[list[float]] = [[] for _ in functions]
-    for turn in range(rounds + 2):
-        for place in range(len(functions)):
-            place = (place + turn) % len(functions)  # whoever runs second finds warm memory
-            begun = clock(device, threads)
-            functions[place]()
-            if turn > 1:
-                times[place].append(clock(device, threads) - begun)
-    return [statistics.median(spent) for spent in times]
-
-
 def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor, layer: nn.Module) -> float:
     """Bytes kept for the backward per element of x, storages counted once, parameters not."""
     own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
@@ -78,11 +57,6 @@ def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor, layer: nn.Modul
         kept = function(x.clone().requires_grad_() * 1)
     del kept
     return sum(size for place, size in found.items() if place not in own) / x.numel()
-
-
-def table(rows: list[list[str]]) -> str:
-    """Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
 def operator_rows(device: str, dtype: torch.dtype, rounds: int, threads: int) -> list[list[str]]:

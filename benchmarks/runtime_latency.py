@@ -12,12 +12,13 @@ import os
 import statistics
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 from torch import nn
+from turns import in_turns
 
 import poolskip_zoo
 from poolskip_zoo.export import to_onnx, verify
@@ -128,7 +129,7 @@ def in_chromium(folder, names, x, rounds):
         results, times = page.run([f"{name}.onnx" for name in names], [x.numpy()], rounds)
     finally:
         page.close()
-    return [outputs[0] for outputs in results], times
+    return [outputs[0] for outputs in results], [spent[2:] for spent in times]
 
 
 def main():
@@ -156,27 +157,19 @@ def main():
             else:
                 load = {"onnxruntime": in_onnxruntime, "openvino": in_openvino, "mnn": in_mnn, "ncnn": in_ncnn}
                 programs = of_onnx(model, (x,), folder, names, load[args.runtime])
-            outputs, times = measure(programs, x, args.rounds)
+            calls = {name: partial(run, [x.numpy()]) for name, run in programs.items()}
+            found, seconds = in_turns(calls, args.rounds)
+            outputs = {name: arrays[0] for name, arrays in found.items()}
+            times = {name: [1e3 * each for each in spent] for name, spent in seconds.items()}
     with torch.no_grad():
         expected = model(x)
     # The page's clock counts what other processes take, the fastest run has least of that.
     typical = min if args.runtime == "web" else statistics.median
-    floor = typical(times["floor"][2:])
+    floor = typical(times["floor"])
     for name, values in times.items():
         error = (torch.from_numpy(outputs[name]) - expected).abs().max() / expected.abs().max()
-        ms = typical(values[2:])
+        ms = typical(values)
         print(f"{args.runtime} {name}: {ms:.2f} ms, {ms / floor:.2f}×, relative error {error:.1e}")
-
-
-def measure(programs, x, rounds):
-    """Outputs, and ms of the process's CPU time, of all programs in turn."""
-    outputs, times = {}, {name: [] for name in programs}
-    for _ in range(rounds):
-        for name, run in programs.items():
-            start = time.process_time()
-            outputs[name] = run([x.numpy()])[0]
-            times[name].append(1e3 * (time.process_time() - start))
-    return outputs, times
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from typing import Any
 
 import timm.layers
 import torch
-from operator_speed import clock, medians, table
 from torch.nn import functional as F
+from turns import clock, medians, table
 
 import poolskip_zoo  # noqa: F401  registers the models
 from poolskip_zoo.training.build import create_classifier
