@@ -108,6 +108,12 @@ def test_a_run_predicts_and_exports(run: tuple[Path, nn.Module], capsys: pytest.
     assert facts["class_names"] == list(labels)
 
 
+def test_a_run_that_began_with_timm_s_weights_does_not_fetch_them_again(tmp_path: Path) -> None:
+    settings = {"model": "resnet18.a1_in1k", "dataset": "cifar10", "model_args": {"pretrained": True}}
+    model = finish(tmp_path / "run", "resnet18.mine", settings)
+    assert_same(load(str(tmp_path / "run")).model(torch.ones(1, 3, 32, 32)), model(torch.ones(1, 3, 32, 32)))
+
+
 def test_a_run_of_segmentation_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = finish(tmp_path / "street", "unet_test.mine", SEGMENTS)
@@ -146,6 +152,9 @@ def test_folders_of_timm_and_smp(run: tuple[Path, nn.Module], capsys: pytest.Cap
         found = load(name)
         assert_same(found.model(x), model(x))
         assert (found.dataset, found.recipe) == (None, None)
+    other = timm.create_model("test_resnet_cifar_poolskip").eval()
+    save_file(other.state_dict(), "timm/other.safetensors")
+    assert_same(load("timm/other.safetensors").model(x), other(x))
     net = smp.Unet("resnet18", encoder_weights=None, classes=2).eval()
     net.save_pretrained("smp")
     assert_same(load("smp").model(torch.ones(1, 3, 32, 32)), net(torch.ones(1, 3, 32, 32)))

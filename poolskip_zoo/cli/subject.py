@@ -182,6 +182,7 @@ def _of_checkpoint(name: str, file: Path, dataset: str | None) -> Subject:
 def _of_folder(name: str, file: Path, pretrained: bool) -> Subject:
     """Make the model of a folder or file by the config.json of timm or smp."""
     from ..inference import load_model
+    from ..registry.segmentation import load_weights
 
     config = file.with_name("config.json")
     if not config.is_file():
@@ -191,9 +192,12 @@ def _of_folder(name: str, file: Path, pretrained: bool) -> Subject:
     if '"_model_class"' in config.read_text(encoding="utf-8"):
         import segmentation_models_pytorch as smp
 
-        return Subject(name, smp.from_pretrained(str(file.parent)).eval(), f"weights of {file.parent}")
-    model = load_model(f"local-dir:{file.parent}", pretrained)
-    return Subject(name, model, f"weights of {file.parent}" if pretrained else FRESH)
+        model = smp.from_pretrained(str(file.parent)).eval()
+    else:
+        model = load_model(f"local-dir:{file.parent}", pretrained)
+    if pretrained and Path(name).is_file():  # there may be several in the folder
+        load_weights(model, file)
+    return Subject(name, model, f"weights of {name}" if pretrained else FRESH)
 
 
 def _of_segmentation(record: Any, pretrained: bool) -> Subject:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -81,8 +82,9 @@ class Classification:
         self.recipe = recipe
 
     def make_model(self, trained: bool = False) -> nn.Module:
-        """Make the model."""
-        return build.make_model(self.recipe)
+        """Make the model; for trained weights without those that it started from, which may have to be fetched."""
+        first = {"pretrained": False} if trained and "pretrained" in self.recipe.model_args else {}
+        return build.make_model(dataclasses.replace(self.recipe, model_args={**self.recipe.model_args, **first}))
 
     def make_loaders(
         self, data_dir: DataDir, download: bool, accelerator: Accelerator
