@@ -6,7 +6,7 @@ trace cannot: one Slice for all axes, none where the window divides a fixed size
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -78,8 +78,20 @@ class Translation:
         output: the unpooled map.
     """
 
-    inputs: list[Any] = field(default_factory=list)
-    output: Any = None
+    inputs: list[Any]
+    output: Any
+
+    def __post_init__(self) -> None:
+        # The exporter takes out what changes nothing (x + 0, a view of the same shape): then they read another value.
+        self._reads = [value.uses() for value in self.inputs]
+
+    def input_names(self) -> list[str]:
+        """Names of the inputs in the exported graph, as the nodes that read them have them."""
+        names = []
+        for value, reads in zip(self.inputs, self._reads, strict=True):
+            read = next((node.inputs[place] for node, place in reads if node.graph is not None), None)
+            names.append(_kept(value if read is None else read).name)
+        return names
 
 
 def translations(made: list[Translation]) -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -95,20 +107,20 @@ def translations(made: list[Translation]) -> dict[Callable[..., Any], Callable[.
     def recorded(mask: Callable[..., Any]) -> Callable[..., Any]:
         def translate(values, x, window, ceil_mode, own):
             output = Writer(x, window, ceil_mode).place(values, own, mask)
-            made.append(Translation([_kept(each) for each in ([x] if own else [values, x])], output))
+            made.append(Translation([x] if own else [values, x], output))
             return output
 
         return translate
 
     def native(values, x, window, ceil_mode, own):
         output = Writer(x, window, ceil_mode).native(values, own)
-        made.append(Translation([_kept(each) for each in ([x] if own else [values, x])], output))
+        made.append(Translation([x] if own else [values, x], output))
         return output
 
     def scatter(values, indices, size):
         output = _write_scatter(values, indices, size)
         open_sizes = [each for each in size if not isinstance(each, int)]
-        made.append(Translation([_kept(each) for each in (values, indices, *open_sizes)], output))
+        made.append(Translation([values, indices, *open_sizes], output))
         return output
 
     return {

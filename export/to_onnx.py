@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def to_onnx(
 
         lowered = unguarded(lower_program(program, target, lowering, OPERATORS))
         proto, made = _export(lowered, args, dynamic, opset)
+    unoptimized = partial(_export, lowered, args, dynamic, opset, optimize=False)
     blocks = [block.to_dict(half) for block in blocks_of(lowered)]
     facts = verify.described(target, blocks, opset=opset, half=half, dynamic=list(dynamic)) | dict(metadata or {})
     _finish(proto, args, dynamic, facts)
@@ -103,7 +105,7 @@ def to_onnx(
 
     with kept(path) as temporary:
         temporary.write_bytes(proto.SerializeToString())
-        report["bit_comparisons"] = verify.check_blocks(proto, made, blocks, choice.runtime)
+        report["bit_comparisons"] = verify.check_blocks((proto, made), unoptimized, blocks, choice.runtime)
         run = verify.runner(temporary, choice.runtime)
         report.update(compared(run, model, reference, inputs, path))
         report["outputs"].update(_flips(proto, made, lowered, inputs, blocks, choice.runtime))
@@ -164,7 +166,9 @@ class Half(nn.Module):
         return tree_map(lambda each: each.float() if getattr(each, "dtype", None) == torch.float16 else each, outputs)
 
 
-def _export(lowered: GraphModule, args: tuple[Any, ...], dynamic: Sequence[str], opset: int) -> tuple[Any, list[Any]]:
+def _export(
+    lowered: GraphModule, args: tuple[Any, ...], dynamic: Sequence[str], opset: int, optimize: bool = True
+) -> verify.Exported:
     """The ONNX model, and what became of each unpooling in it."""
     from .onnx_forms import Translation, translations
 
@@ -177,6 +181,7 @@ def _export(lowered: GraphModule, args: tuple[Any, ...], dynamic: Sequence[str],
             dynamo=True,
             opset_version=opset,
             custom_translation_table=translations(made),
+            optimize=optimize,
             verbose=False,
         )
     assert exported is not None
@@ -247,7 +252,7 @@ def _flips(
     pooled = [calls[i].args[1] for i in chosen]
     # A map that is an input of the model is the same in both.
     given = {value.name for value in proto.graph.input}
-    names = [made[i].inputs[-1].name for i in chosen]
+    names = [made[i].input_names()[-1] for i in chosen]
     asked = list(dict.fromkeys(name for name in names if name not in given))
     if not asked:
         return verify.flipped_windows([])

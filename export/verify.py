@@ -39,6 +39,8 @@ Run = Callable[[Sequence[Any]], list[Any]]
 
 _Shape = list[int | None]
 _Cases = Iterator[tuple[str, list[Tensor], Tensor]]
+# The `onnx.ModelProto`, and what became of each unpooling in it.
+Exported = tuple[Any, list[Translation]]
 # A pooled map of eager mode, the same in the runtime, window and `ceil_mode`.
 _Map = tuple[Tensor, Tensor, list[int], bool]
 
@@ -309,12 +311,15 @@ def flipped_windows(inputs: Iterable[Iterable[_Map]]) -> dict[str, float]:
     return {"flipped_windows": flipped / total if total else 0.0, "error_where_flipped": worst}
 
 
-def check_blocks(model: Any, made: list[Translation], blocks: list[dict[str, Any]], runtime: str) -> int:
+def check_blocks(
+    exported: Exported, unoptimized: Callable[[], Exported], blocks: list[dict[str, Any]], runtime: str
+) -> int:
     """Cut each unpooling out of the file and compare it with torch's, on ties, odd sizes and random values.
 
     Args:
-        model: the `onnx.ModelProto`.
-        made: ONNX values of each unpooling.
+        exported: the `onnx.ModelProto`, and the ONNX values of each unpooling.
+        unoptimized: makes the same before the optimizer, which may fuse an unpooling with what follows it (a padding
+            with a convolution): then it is cut out of that.
         blocks: window (with as many axes as the map), `ceil_mode` and `own` of each.
         runtime: `onnxruntime` or `openvino`.
 
@@ -322,25 +327,17 @@ def check_blocks(model: Any, made: list[Translation], blocks: list[dict[str, Any
         How many comparisons were made.
 
     Raises:
-        RuntimeError: naming the first unpooling that is not equal.
+        RuntimeError: naming the first unpooling that is not equal, or not to be found.
     """
-    from onnx.utils import Extractor
-
-    extractor, compared = Extractor(model), 0
-    fixed = {
-        value.name: _fixed_shape(value) for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)
-    }
-    for translation, block in zip(made, blocks, strict=True):
-        names, output = [value.name for value in translation.inputs], translation.output.name
-        missing = {*names, output} - _values(model)
-        if missing:
-            raise RuntimeError(f"the exported graph has lost {missing}, where {block['name']} would be checked")
-        run = runner(extractor.extract_model(names, [output]).SerializeToString(), runtime)
-        if block["lowering"] == "scatter":
-            cases = _scatter_cases(block, fixed[names[0]], fixed[output])
-        else:
-            cases = mask_cases(block, fixed[names[-1]])
-        for case, tensors, expected in cases:
+    sources, compared = [_Source(*exported)], 0
+    for place, block in enumerate(blocks):
+        if sources[0].lacks(place) and len(sources) == 1:
+            sources.append(_Source(*unoptimized()))
+        source = next((each for each in sources if not each.lacks(place)), None)
+        if source is None:
+            raise RuntimeError(f"the exported graph has lost {block['name']}, and cannot be checked")
+        run = runner(source.cut(place), runtime)
+        for case, tensors, expected in source.cases(place, block):
             got = torch.from_numpy(run([each.numpy() for each in tensors])[0])
             compared += 1
             if not torch.equal(got, expected):
@@ -352,9 +349,30 @@ def check_blocks(model: Any, made: list[Translation], blocks: list[dict[str, Any
     return compared
 
 
-def _values(model: Any) -> set[str]:
-    names = {value.name for value in model.graph.input}
-    return names.union(*(node.output for node in model.graph.node))
+class _Source:
+    """An exported model that unpoolings are cut out of."""
+
+    def __init__(self, model: Any, made: list[Translation]) -> None:
+        from onnx.utils import Extractor
+
+        graph = model.graph
+        self.extractor, self.made = Extractor(model), made
+        self.values = {value.name for value in graph.input}.union(*(node.output for node in graph.node))
+        self.fixed = {value.name: _fixed_shape(value) for value in (*graph.value_info, *graph.input, *graph.output)}
+
+    def lacks(self, place: int) -> bool:
+        return not {*self.made[place].input_names(), self.made[place].output.name} <= self.values
+
+    def cut(self, place: int) -> bytes:
+        names, output = self.made[place].input_names(), self.made[place].output.name
+        proto: bytes = self.extractor.extract_model(names, [output]).SerializeToString()
+        return proto
+
+    def cases(self, place: int, block: dict[str, Any]) -> _Cases:
+        names, output = self.made[place].input_names(), self.made[place].output.name
+        if block["lowering"] == "scatter":
+            return _scatter_cases(block, self.fixed[names[0]], self.fixed[output])
+        return mask_cases(block, self.fixed[names[-1]])
 
 
 def _fixed_shape(value: Any) -> _Shape:
