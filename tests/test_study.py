@@ -154,6 +154,22 @@ def test_the_longer_list_takes_the_settings_that_the_study_chose(tmp_path: Path)
     assert all(getattr(each, key) == getattr(first, key) for each in longer for key in fields)
 
 
+def test_the_lists_of_strong_decay_differ_from_the_study_in_that_alone(tmp_path: Path) -> None:
+    first, again = (load_list(name, tmp_path) for name in ("study_decay", "study_decay_again"))
+    assert (len(first), len(again)) == (7 * 4, 3 * 4)
+    seeds = [{each.seed for each in recipes} for recipes in (first, again)]
+    seeds += [{run.seed for run in recorded(name)} for name in ("study", "study_longer")]
+    assert len(set.union(*seeds)) == sum(map(len, seeds))
+    changed = {"name", "model", "weight_decay", "optimizer_args", "lr", "seed"}
+    fields = {field.name for field in dataclasses.fields(first[0])} - changed
+    study = load_list("study", tmp_path)[0]
+    assert all(getattr(each, key) == getattr(study, key) for each in first + again for key in fields)
+    assert {str(each.optimizer_args) for each in first + again} == {"{'filter_bias_and_bn': False}"}
+    assert {(each.lr, each.weight_decay) for each in first} == {(0.1, 0.01), (0.1, 0.02)}
+    others = {dataclasses.replace(each, seed=0).to_yaml() for each in first}
+    assert {dataclasses.replace(each, seed=0).to_yaml() for each in again} < others
+
+
 def test_a_grid_goes_on_with_the_best_point(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text(recipe(**{**PLAIN, "name": "x.study-A"}).to_yaml())
     path = tmp_path / "list.yaml"
@@ -268,7 +284,7 @@ def recorded(study: str = "study") -> list[Run]:
         return [Run(**{key: read(kinds[key], text) for key, text in line.items()}) for line in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("study", ["study", "study_longer"])
+@pytest.mark.parametrize("study", ["study", "study_longer", "study_decay"])
 def test_the_page_has_the_numbers_of_its_csv(study: str) -> None:
     page, runs = (ROOT / "docs" / f"{study}.md").read_text(encoding="utf-8"), recorded(study)
     told = {net: re.search(rf"^- {net}: (.*): no verdict yet\.$", page, re.M) for net in {run.net for run in runs}}
@@ -276,12 +292,16 @@ def test_the_page_has_the_numbers_of_its_csv(study: str) -> None:
     assert summary(runs, unfinished) in page
 
 
-def test_readme_says_the_verdict_of_the_longer_runs() -> None:
-    helps = verdict(recorded("study_longer"), "resnet20_cifar")[0]
+@pytest.mark.parametrize("study", ["study_longer", "study_decay"])
+def test_readme_says_the_verdict_of_the_other_runs(study: str) -> None:
+    helps, mechanism = verdict(recorded(study), "resnet20_cifar")
     said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     numbers = re.findall(r"B − [CF] = \S+ \[\S+ \S+\]", helps)
     assert len(numbers) == 2
     assert all(number in said for number in numbers)
+    supported = re.search(r"is supported .*?(B − C = \S+ \[\S+ \S+\])", mechanism)
+    assert (supported is not None) == (study == "study_decay")
+    assert supported is None or f"{supported[1]}, which supports the mechanism" in said
 
 
 def test_readme_and_cards_say_the_verdict() -> None:
