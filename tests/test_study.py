@@ -284,7 +284,7 @@ def recorded(study: str = "study") -> list[Run]:
         return [Run(**{key: read(kinds[key], text) for key, text in line.items()}) for line in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("study", ["study", "study_longer", "study_decay"])
+@pytest.mark.parametrize("study", ["study", "study_longer", "study_decay", "study_decay_again"])
 def test_the_page_has_the_numbers_of_its_csv(study: str) -> None:
     page, runs = (ROOT / "docs" / f"{study}.md").read_text(encoding="utf-8"), recorded(study)
     told = {net: re.search(rf"^- {net}: (.*): no verdict yet\.$", page, re.M) for net in {run.net for run in runs}}
@@ -302,6 +302,17 @@ def test_readme_says_the_verdict_of_the_other_runs(study: str) -> None:
     supported = re.search(r"is supported .*?(B − C = \S+ \[\S+ \S+\])", mechanism)
     assert (supported is not None) == (study == "study_decay")
     assert supported is None or f"{supported[1]}, which supports the mechanism" in said
+
+
+def test_the_repetition_says_the_intervals_of_all_its_seeds() -> None:
+    runs = [run for run in recorded("study_decay") if run.weight_decay == 0.01] + recorded("study_decay_again")
+    page = " ".join((ROOT / "docs" / "study_decay_again.md").read_text(encoding="utf-8").split())
+    for key, digits in (("inert", 1), ("dead", 1), ("test_top1", 2)):
+        of = {arm: [getattr(run, key) for run in runs if run.arm == arm] for arm in "ABC"}
+        assert {len(values) for values in of.values()} == {8}
+        for arm in "CA":
+            found, low, high = (f"{value:+.{digits}f}" for value in welch(of["B"], of[arm]))
+            assert f"B − {arm} = {found} [{low}, {high}]" in page, (key, arm)
 
 
 def test_readme_and_cards_say_the_verdict() -> None:
