@@ -57,14 +57,14 @@ def plain(model, x, path, dynamic):
 def floor():
     """Write x in place of the sparse map, and check nothing."""
     module = sys.modules[to_onnx.__module__]
-    verify = module.verify
-    kept = Writer.place, module._flips, verify.check_blocks, verify.check_outputs, verify.judge
+    verify, verify_blocks = module.verify, module.verify_blocks
+    kept = Writer.place, module._flips, verify_blocks.check_blocks, verify.check_outputs, verify.judge
     Writer.place, module._flips = (lambda self, *_: self.op.Identity(self.x)), (lambda *_: {})
-    verify.check_blocks, verify.check_outputs, verify.judge = (lambda *_: 0), (lambda *_: {}), (lambda *_: None)
+    verify_blocks.check_blocks, verify.check_outputs, verify.judge = (lambda *_: 0), (lambda *_: {}), (lambda *_: None)
     try:
         yield
     finally:
-        Writer.place, module._flips, verify.check_blocks, verify.check_outputs, verify.judge = kept
+        Writer.place, module._flips, verify_blocks.check_blocks, verify.check_outputs, verify.judge = kept
 
 
 def write(model, shape, folder, dynamic, runtime):

@@ -21,7 +21,7 @@ from torch import nn
 from turns import in_turns
 
 import poolskip_zoo
-from poolskip_zoo.export import to_onnx, verify
+from poolskip_zoo.export import to_onnx, verify, verify_blocks
 from poolskip_zoo.export.converted import lower_for
 from poolskip_zoo.export.inputs import unguarded
 from poolskip_zoo.export.lower import capture, lower_program
@@ -63,14 +63,14 @@ def converted(model, args, runtime, folder, names):
 def of_onnx(model, args, folder, names, load):
     """Programs of runtimes that are given ONNX files."""
     programs = {}
-    original, check = Writer.place, (verify.check_blocks, verify.judge)
+    original, check = Writer.place, (verify_blocks.check_blocks, verify.judge)
     for name in ("floor", *names):
         path = folder / f"{name}.onnx"
         if name == "floor":
             Writer.place = lambda self, *_: self.op.Identity(self.x)
-            verify.check_blocks, verify.judge = (lambda *_: 0), (lambda *_: None)
+            verify_blocks.check_blocks, verify.judge = (lambda *_: 0), (lambda *_: None)
         to_onnx(model, args, path, dynamic=(), lowering="keys" if name == "floor" else name)
-        Writer.place, (verify.check_blocks, verify.judge) = original, check
+        Writer.place, (verify_blocks.check_blocks, verify.judge) = original, check
         programs[name] = load(path)
     return programs
 

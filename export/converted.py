@@ -17,6 +17,7 @@ from .inputs import bounded, capture_bounded, check_arguments, unguarded
 from .lower import as_args, blocks_of, lower_unpooling
 from .lower_pair import unpoolings
 from .targets import check_drop_in, check_target
+from .verify_blocks import mask_cases
 
 __all__ = ["Lowered", "check_fixed", "check_forms", "lower_for", "write_converted"]
 
@@ -249,7 +250,7 @@ def _cases(block: dict[str, Any], shape: list[int]) -> list[tuple[str, Tensor, T
     """Name, map and expected output of each comparison."""
     return [
         (case, x, _unpooled(x, list(block["window"]), block["ceil_mode"], block["own"]))
-        for case, (*_, x), _ in verify.mask_cases(block, list(shape))
+        for case, (*_, x), _ in mask_cases(block, list(shape))
     ]
 
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
 from ..contexts import kept
-from . import verify
+from . import verify, verify_blocks
 from .inputs import axes_of, capture_open, check_arguments, shapes_of, unguarded
 from .lower import as_args, blocks_of, lower_program
 from .lower_pair import unpoolings
@@ -105,7 +105,7 @@ def to_onnx(
 
     with kept(path) as temporary:
         temporary.write_bytes(proto.SerializeToString())
-        report["bit_comparisons"] = verify.check_blocks((proto, made), unoptimized, blocks, choice.runtime)
+        report["bit_comparisons"] = verify_blocks.check_blocks((proto, made), unoptimized, blocks, choice.runtime)
         run = verify.runner(temporary, choice.runtime)
         report.update(compared(run, model, reference, inputs, path))
         report["outputs"].update(_flips(proto, made, lowered, inputs, blocks, choice.runtime))
@@ -168,12 +168,12 @@ class Half(nn.Module):
 
 def _export(
     lowered: GraphModule, args: tuple[Any, ...], dynamic: Sequence[str], opset: int, optimize: bool = True
-) -> verify.Exported:
+) -> verify_blocks.Exported:
     """The ONNX model, and what became of each unpooling in it."""
     from .onnx_forms import Translation, translations
 
     made: list[Translation] = []
-    with torch.no_grad():
+    with torch.no_grad(), _explained():
         program = torch.export.export(lowered, args, dynamic_shapes=shapes_of(args, dynamic), strict=False)
         exported = torch.onnx.export(
             program,

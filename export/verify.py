@@ -1,8 +1,8 @@
-"""Checks of an exported file in its runtime: every unpooling to the bit, the whole model against eager mode."""
+"""Checks of an exported file in its runtime: the whole model against eager mode."""
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..contexts import kept
-from .onnx_forms import Translation
 
 __all__ = [
     "KEY",
-    "check_blocks",
     "check_outputs",
     "checked_in",
     "described",
@@ -24,7 +22,6 @@ __all__ = [
     "flipped_windows",
     "in_torch",
     "judge",
-    "mask_cases",
     "pool_with_indices",
     "relative_error",
     "runner",
@@ -36,16 +33,8 @@ __all__ = [
 KEY = "poolskip_zoo"
 
 Run = Callable[[Sequence[Any]], list[Any]]
-
-_Shape = list[int | None]
-_Cases = Iterator[tuple[str, list[Tensor], Tensor]]
-# The `onnx.ModelProto`, and what became of each unpooling in it.
-Exported = tuple[Any, list[Translation]]
 # A pooled map of eager mode, the same in the runtime, window and `ceil_mode`.
 _Map = tuple[Tensor, Tensor, list[int], bool]
-
-# Height, width and depth where the file leaves them open: odd, divisible, and below most windows.
-_SIZES = ([17, 13, 9], [8, 12, 4], [5, 6, 7])
 
 _NEEDS = "checking the file needs {}: pip install 'poolskip-zoo[export]'"
 
@@ -309,117 +298,6 @@ def flipped_windows(inputs: Iterable[Iterable[_Map]]) -> dict[str, float]:
                 worst = max(worst, relative_error(theirs, ours))
             flipped, total = flipped + different, total + places[0].numel()
     return {"flipped_windows": flipped / total if total else 0.0, "error_where_flipped": worst}
-
-
-def check_blocks(
-    exported: Exported, unoptimized: Callable[[], Exported], blocks: list[dict[str, Any]], runtime: str
-) -> int:
-    """Cut each unpooling out of the file and compare it with torch's, on ties, odd sizes and random values.
-
-    Args:
-        exported: the `onnx.ModelProto`, and the ONNX values of each unpooling.
-        unoptimized: makes the same before the optimizer, which may fuse an unpooling with what follows it (a padding
-            with a convolution): then it is cut out of that.
-        blocks: window (with as many axes as the map), `ceil_mode` and `own` of each.
-        runtime: `onnxruntime` or `openvino`.
-
-    Returns:
-        How many comparisons were made.
-
-    Raises:
-        RuntimeError: naming the first unpooling that is not equal, or not to be found.
-    """
-    sources, compared = [_Source(*exported)], 0
-    for place, block in enumerate(blocks):
-        if sources[0].lacks(place) and len(sources) == 1:
-            sources.append(_Source(*unoptimized()))
-        source = next((each for each in sources if not each.lacks(place)), None)
-        if source is None:
-            raise RuntimeError(f"the exported graph has lost {block['name']}, and cannot be checked")
-        run = runner(source.cut(place), runtime)
-        for case, tensors, expected in source.cases(place, block):
-            got = torch.from_numpy(run([each.numpy() for each in tensors])[0])
-            compared += 1
-            if not torch.equal(got, expected):
-                wrong = int((got != expected).sum())
-                raise RuntimeError(
-                    f"{block['name']} ({block['source']}): the exported form {block['lowering']!r} differs from torch "
-                    f"in {wrong} of {expected.numel()} values on {case}"
-                )
-    return compared
-
-
-class _Source:
-    """An exported model that unpoolings are cut out of."""
-
-    def __init__(self, model: Any, made: list[Translation]) -> None:
-        from onnx.utils import Extractor
-
-        graph = model.graph
-        self.extractor, self.made = Extractor(model), made
-        self.values = {value.name for value in graph.input}.union(*(node.output for node in graph.node))
-        self.fixed = {value.name: _fixed_shape(value) for value in (*graph.value_info, *graph.input, *graph.output)}
-
-    def lacks(self, place: int) -> bool:
-        return not {*self.made[place].input_names(), self.made[place].output.name} <= self.values
-
-    def cut(self, place: int) -> bytes:
-        names, output = self.made[place].input_names(), self.made[place].output.name
-        proto: bytes = self.extractor.extract_model(names, [output]).SerializeToString()
-        return proto
-
-    def cases(self, place: int, block: dict[str, Any]) -> _Cases:
-        names, output = self.made[place].input_names(), self.made[place].output.name
-        if block["lowering"] == "scatter":
-            return _scatter_cases(block, self.fixed[names[0]], self.fixed[output])
-        return mask_cases(block, self.fixed[names[-1]])
-
-
-def _fixed_shape(value: Any) -> _Shape:
-    return [dim.dim_value or None for dim in value.type.tensor_type.shape.dim]
-
-
-def mask_cases(block: dict[str, Any], x_shape: _Shape) -> _Cases:
-    """Comparisons of an unpooling by a mask.
-
-    Args:
-        block: the unpooling, as a report has it.
-        x_shape: of the pooled map, None for each open axis.
-
-    Yields:
-        Name, inputs and expected output.
-    """
-    window, generator = list(block["window"]), torch.Generator().manual_seed(0)
-    dtype = torch.float16 if block["half"] else torch.float32
-    for sizes in _SIZES:
-        spatial = [fixed or size for size, fixed in zip(sizes, x_shape[2:], strict=False)]
-        shape = [(x_shape[0] or 2), (x_shape[1] or 3), *spatial]
-        random = torch.randn(shape, generator=generator)
-        kinds = {
-            "random values": random,
-            "ties": torch.randint(-2, 3, shape, generator=generator).float(),
-            "rectified values": random.relu(),
-        }
-        for kind, x in kinds.items():
-            x = x.to(dtype)
-            pooled, indices = pool_with_indices(x.float(), window, block["ceil_mode"])
-            values = (pooled if block["own"] else torch.randn(pooled.shape, generator=generator)).to(dtype)
-            yield f"{kind} of size {spatial}", [x] if block["own"] else [values, x], unpool(values, indices, spatial)
-        if None not in x_shape[2:]:
-            return
-
-
-def _scatter_cases(block: dict[str, Any], values_shape: _Shape, output_shape: _Shape) -> _Cases:
-    """The same where the indices are an input: any distinct ones."""
-    generator = torch.Generator().manual_seed(0)
-    spatial = [fixed or size for size, fixed in zip(_SIZES[0], output_shape[2:], strict=False)]
-    cells = math.prod(spatial)
-    shape = [(values_shape[0] or 2), (values_shape[1] or 3), *(fixed or 3 for fixed in values_shape[2:])]
-    values = torch.randn(shape, generator=generator).to(torch.float16 if block["half"] else torch.float32)
-    order = torch.rand([shape[0], shape[1], cells], generator=generator).argsort(-1)
-    indices = order[..., : math.prod(shape[2:])].reshape(shape)
-    open_sizes = [torch.tensor(size) for size, fixed in zip(spatial, output_shape[2:], strict=True) if fixed is None]
-    yield f"indices of size {spatial}", [values, indices, *open_sizes], unpool(values, indices, spatial)
 
 
 def pool_with_indices(x: Tensor, window: list[int], ceil_mode: bool) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from export_nets import PairNet
 from torch import nn
 
-from poolskip_zoo.export import onnx_forms, to_exported_program, to_onnx, to_torchscript, verify
+from poolskip_zoo.export import onnx_forms, to_exported_program, to_onnx, to_torchscript, verify, verify_blocks
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -105,7 +105,7 @@ class Root(PairNet):
 def test_a_wrong_model_leaves_no_file(tmp_path, monkeypatch, net, example, dynamic):
     good = verify.runner
     wrong = lambda model, runtime: lambda arrays: [each * np.float32(1.01) for each in good(model, runtime)(arrays)]  # noqa: E731
-    monkeypatch.setattr(verify, "check_blocks", lambda *args: 0)
+    monkeypatch.setattr(verify_blocks, "check_blocks", lambda *args: 0)
     monkeypatch.setattr(verify, "runner", wrong)
     with pytest.raises(RuntimeError, match=r"net\.onnx is not kept: its outputs differ .* by 1\.0e-02"):
         to_onnx(net.eval(), example, tmp_path / "net.onnx", dynamic=dynamic)
@@ -160,7 +160,7 @@ def test_flips_excuse_no_error_before_them(tmp_path, monkeypatch, head):
         return lambda arrays: good(model, runtime)([each + np.float32(0.1) * each[..., ::-1] for each in arrays])
 
     model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1), PairNet(2), head()).eval()
-    monkeypatch.setattr(verify, "check_blocks", lambda *args: 0)
+    monkeypatch.setattr(verify_blocks, "check_blocks", lambda *args: 0)
     monkeypatch.setattr(verify, "runner", wrong)
     with pytest.raises(RuntimeError, match=r"the first map with a window that flipped differs by \d\.\de-0[12] itself"):
         to_onnx(model, torch.randn(1, 4, 9, 9), tmp_path / "net.onnx")

@@ -99,6 +99,8 @@ def test_a_run_predicts_and_exports(run: tuple[Path, nn.Module], capsys: pytest.
         assert main(["predict", *named, "noise.png", "--json", "--top", "200"]) == 0
         told.append(capsys.readouterr().out)
     assert told[0] == told[1]
+    assert main(["predict", str(folder), "noise.png", "--dataset", "cifar10"]) == 2
+    assert f"of {folder} it is known: tiny_imagenet_jpeg" in capsys.readouterr().err
     classes = json.loads(told[0])["classes"]
     assert {each["label"] for each in classes} == set(labels)
     assert main(["export", str(folder)]) == 0

@@ -47,6 +47,11 @@ def run(args: argparse.Namespace) -> int:
     from .subject import load
 
     subject = load(args.name, args.checkpoint, args.dataset)
+    if args.dataset not in (None, subject.dataset):
+        raise ValueError(
+            f"--dataset {args.dataset} says what a --checkpoint without recipe.yaml was trained on; of {args.name} it "
+            f"is known: {subject.dataset or 'what its configuration says'}"
+        )
     if subject.segments:
         return _segment(args, subject)
     classifier = Classifier(subject.model)

@@ -73,17 +73,20 @@ def load(
         The model and what is known of it.
 
     Raises:
-        ValueError: if there is no such model, file, folder or function, or no such weights.
+        ValueError: if there is no such model, file, folder, function or data set, or no such weights.
         FileNotFoundError: if there is no such checkpoint.
         RuntimeError: if weights cannot be had or do not fit.
     """
     from timm.models import is_model
 
+    from ..data import DATASETS
     from ..inference import load_model
     from ..registry.catalogue import is_name
     from ..registry.checkpoint import SegmentationCheckpoint, find
     from ..training import load_recipe, recipe_names
 
+    if dataset and dataset not in DATASETS:
+        raise ValueError(f"unknown dataset {dataset!r}: one of {', '.join(DATASETS)}")
     if checkpoint:
         return _of_checkpoint(name, Path(checkpoint), dataset)
     if called := _CALL.fullmatch(name):
@@ -145,7 +148,6 @@ def of_run(name: str, file: Path, pretrained: bool = True) -> Subject:
 
 def _of_checkpoint(name: str, file: Path, dataset: str | None) -> Subject:
     """Make the model of a name with weights of a file, by the recipe beside them if there is one."""
-    from ..data import DATASETS
     from ..registry.checkpoint import SegmentationCheckpoint, find
     from ..registry.resolve import sha256_of
     from ..registry.segmentation import load_weights
@@ -173,8 +175,6 @@ def _of_checkpoint(name: str, file: Path, dataset: str | None) -> Subject:
     dataset = dataset or (record.dataset if record else None)
     if not dataset:
         raise ValueError(f"{file} has no recipe.yaml beside it: give its data set by --dataset")
-    if dataset not in DATASETS:
-        raise ValueError(f"unknown dataset {dataset!r}: one of {', '.join(DATASETS)}")
     model = create_classifier(arch, dataset, {**record.model_args, "pretrained": False} if record else {})
     return Subject(name, load_weights(model, file).eval(), f"weights of {file}", dataset, None, sha256_of(file))
 
@@ -211,7 +211,7 @@ def _of_segmentation(record: Any, pretrained: bool) -> Subject:
         load_weights(model, local_weights(record))
     recipe = load_recipe(record.recipe)
     weights = f"weights {record.tag}" if pretrained else FRESH
-    return Subject(record.name, model, weights, record.dataset, recipe, record.sha256)
+    return Subject(record.name, model, weights, record.dataset, recipe, record.sha256 if pretrained else None)
 
 
 def _call(name: str, module: str, function: str, arguments: str | None) -> Any:

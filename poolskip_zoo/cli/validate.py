@@ -90,15 +90,12 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
     from timm.models import is_model_pretrained
 
-    from ..data import DATASETS
     from ..registry.catalogue import is_name
     from ..registry.checkpoint import find
     from .subject import load
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
-    if args.dataset and args.dataset not in DATASETS:
-        raise ValueError(f"unknown dataset {args.dataset!r}: one of {', '.join(DATASETS)}")
     unknown = ValueError(f"it is not known what {args.name!r} was trained on: give --dataset")
     if is_model_pretrained(args.name) and not (args.dataset or args.checkpoint or find(args.name)):
         raise unknown  # before weights of timm's are fetched
