@@ -155,19 +155,23 @@ def test_the_longer_list_takes_the_settings_that_the_study_chose(tmp_path: Path)
 
 
 def test_the_lists_of_strong_decay_differ_from_the_study_in_that_alone(tmp_path: Path) -> None:
-    first, again = (load_list(name, tmp_path) for name in ("study_decay", "study_decay_again"))
-    assert (len(first), len(again)) == (7 * 4, 3 * 4)
-    seeds = [{each.seed for each in recipes} for recipes in (first, again)]
+    names = ("study_decay", "study_decay_again", "study_decay_plain")
+    first, again, plain = (load_list(name, tmp_path) for name in names)
+    assert (len(first), len(again), len(plain)) == (7 * 4, 3 * 4, 3 * 6)
+    seeds = [{each.seed for each in recipes} for recipes in (first, again, plain)]
     seeds += [{run.seed for run in recorded(name)} for name in ("study", "study_longer")]
     assert len(set.union(*seeds)) == sum(map(len, seeds))
     changed = {"name", "model", "weight_decay", "optimizer_args", "lr", "seed"}
     fields = {field.name for field in dataclasses.fields(first[0])} - changed
     study = load_list("study", tmp_path)[0]
-    assert all(getattr(each, key) == getattr(study, key) for each in first + again for key in fields)
-    assert {str(each.optimizer_args) for each in first + again} == {"{'filter_bias_and_bn': False}"}
+    assert all(getattr(each, key) == getattr(study, key) for each in first + again + plain for key in fields)
+    assert {str(each.optimizer_args) for each in first + again + plain} == {"{'filter_bias_and_bn': False}"}
     assert {(each.lr, each.weight_decay) for each in first} == {(0.1, 0.01), (0.1, 0.02)}
     others = {dataclasses.replace(each, seed=0).to_yaml() for each in first}
     assert {dataclasses.replace(each, seed=0).to_yaml() for each in again} < others
+    arms = {(arm_of(each.name), each.model) for each in load_list("study", tmp_path)}
+    assert {(arm_of(each.name), each.model) for each in plain} < arms
+    assert {(each.lr, each.weight_decay) for each in plain} == {(0.1, 0.01)}
 
 
 def test_a_grid_goes_on_with_the_best_point(tmp_path: Path) -> None:
