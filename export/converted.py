@@ -16,10 +16,10 @@ from . import forms, verify
 from .inputs import bounded, capture_bounded, check_arguments, unguarded
 from .lower import as_args, blocks_of, lower_unpooling
 from .lower_pair import unpoolings
-from .targets import check_drop_in, check_target
-from .verify_blocks import mask_cases
+from .targets import check_drop_in, check_fixed, check_target
+from .verify_blocks import compare, mask_cases
 
-__all__ = ["Lowered", "check_fixed", "check_forms", "lower_for", "write_converted"]
+__all__ = ["Lowered", "check_forms", "lower_for", "write_converted"]
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,6 @@ class Lowered:
 
 # Writes a lowered model to a path, and loads that file: arrays in, arrays out.
 Make = Callable[[Lowered, Path], verify.Run]
-
-
-def check_fixed(target: str, dynamic: Sequence[str]) -> None:
-    """Refuse open sizes for a target that has none.
-
-    Args:
-        target: one of `TARGETS`.
-        dynamic: names of axes.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    if dynamic and not check_target(target, onnx=False).dynamic:
-        raise ValueError(f"dynamic={tuple(dynamic)!r}: {target} takes fixed sizes alone; pass dynamic=()")
 
 
 def lower_for(
@@ -228,7 +214,7 @@ def check_forms(
                 outputs = run([x.numpy() for _, x, _ in cases])
                 for block, (case, _, expected), output in zip(kept, cases, outputs, strict=True):
                     compared += 1
-                    _compare(torch.from_numpy(output), expected, block, case)
+                    compare(torch.from_numpy(output), expected, block, case)
     return compared
 
 
@@ -252,15 +238,6 @@ def _cases(block: dict[str, Any], shape: list[int]) -> list[tuple[str, Tensor, T
         (case, x, _unpooled(x, list(block["window"]), block["ceil_mode"], block["own"]))
         for case, (*_, x), _ in mask_cases(block, list(shape))
     ]
-
-
-def _compare(got: Tensor, expected: Tensor, block: dict[str, Any], case: str) -> None:
-    if not torch.equal(got, expected):
-        wrong = int((got != expected).sum()) if got.shape == expected.shape else expected.numel()
-        raise RuntimeError(
-            f"{block['name']} ({block['source']}): the exported form {block['lowering']!r} differs from torch in "
-            f"{wrong} of {expected.numel()} values on {case}"
-        )
 
 
 def _side_by_side(blocks: list[dict[str, Any]]) -> nn.Module:

@@ -73,7 +73,7 @@ class Predictor:
         """
         if not isinstance(image, Image.Image):
             with Image.open(image) as file:
-                image = ImageOps.exif_transpose(file).convert("RGB")
+                image = ImageOps.exif_transpose(file)
         image = image.convert("RGB")
         mask = self.metadata.get("task") == "segmentation"
         height, width = self.metadata["input_size"][-2:]

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,16 @@ from torch import nn
 
 from ..layers import unpool
 
-__all__ = ["LOWERINGS", "TARGETS", "Target", "check_drop_in", "check_mode", "check_output", "check_target"]
+__all__ = [
+    "LOWERINGS",
+    "TARGETS",
+    "Target",
+    "check_drop_in",
+    "check_fixed",
+    "check_mode",
+    "check_output",
+    "check_target",
+]
 
 # keys: a mask of ordinary operators. native: MaxPool with indices and MaxUnpool (ONNX alone). scatter: an index tensor.
 # arith: the keys without comparisons.
@@ -114,6 +124,20 @@ def check_output(path: str | Path, *suffixes: str) -> Path:
         why = "cannot be written" if folder.is_dir() else "is a file"
         raise ValueError(f"path={str(path)!r}: {folder} {why}")
     return path
+
+
+def check_fixed(target: str, dynamic: Sequence[str]) -> None:
+    """Refuse open sizes for a target that has none.
+
+    Args:
+        target: one of `TARGETS`.
+        dynamic: names of axes.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if dynamic and not check_target(target, onnx=False).dynamic:
+        raise ValueError(f"dynamic={tuple(dynamic)!r}: {target} takes fixed sizes alone; pass dynamic=()")
 
 
 def check_mode(model: nn.Module) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..contexts import kept
-from .converted import check_fixed, check_forms, unpooled_shapes
+from .converted import check_forms, unpooled_shapes
 from .inputs import with_random
 from .lower import as_args, capture
-from .targets import check_output
+from .targets import check_fixed, check_output
 from .to_onnx import to_onnx
 from .verify import Run, check_outputs, judge, write_report
 
@@ -68,6 +68,7 @@ def to_ncnn(
         judge(report["outputs"], path)
         report.update({"file": path.name, "checked_in": "ncnn CPU, float32", **(metadata or {})})
         write_report(path, report)
+        path.unlink(missing_ok=True)  # never an old one beside new weights
         made.with_suffix(".bin").replace(path.with_suffix(".bin"))
     return report
 

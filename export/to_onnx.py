@@ -21,7 +21,7 @@ from . import verify, verify_blocks
 from .inputs import axes_of, capture_open, check_arguments, shapes_of, unguarded
 from .lower import as_args, blocks_of, lower_program
 from .lower_pair import unpoolings
-from .targets import check_drop_in, check_mode, check_output, check_target
+from .targets import check_drop_in, check_fixed, check_mode, check_output, check_target
 from .verify import KEY, write_report
 
 __all__ = ["Half", "compared", "to_onnx"]
@@ -74,8 +74,7 @@ def to_onnx(
         dynamic = ("batch",) if choice.dynamic else ()
     check_arguments(model, args, dynamic)
     check_mode(model)
-    if dynamic and not choice.dynamic:
-        raise ValueError(f"dynamic={tuple(dynamic)!r}: {target} takes fixed sizes alone; pass dynamic=()")
+    check_fixed(target, dynamic)
     check_drop_in(model, target, lowering)
     for name, value in model.named_parameters():
         if value.is_floating_point() and value.dtype != torch.float32:

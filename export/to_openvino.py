@@ -75,6 +75,7 @@ def to_openvino(
         judge(report["outputs"], path)
         report["file"] = path.name
         write_report(path, report)
+        path.unlink(missing_ok=True)  # never an old one beside new weights
         for file in (path.with_suffix(".bin"), path.with_name("poolskip_predictor.py")):
             converted.with_name(file.name).replace(file)
     return report

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..contexts import kept
-from .inputs import check_arguments, first_fit, open_inputs, run_at, unguarded
-from .lower import as_args, lower_unpooling
+from .inputs import check_arguments, first_fit, open_inputs, run_at, shapes_of, unguarded
+from .lower import as_args, blocks_of, capture, lower_unpooling
 from .targets import check_mode, check_output
 from .verify import KEY, check_outputs, described, in_torch, judge, write_report
 
@@ -56,9 +56,9 @@ def to_torchscript(
     check_arguments(model, args, dynamic)
     with torch.no_grad():
         inputs = first_fit(open_inputs(args, dynamic), dynamic, partial(run_at, model))
-        module = torch.jit.script(model) if method == "script" else _trace(model, inputs[0])
-    facts = described("torchscript", (), method=method, dynamic=list(dynamic)) | dict(metadata or {})
-    report = {"file": path.name, **facts, "checked_in": "PyTorch CPU"}
+        module, blocks = (torch.jit.script(model), []) if method == "script" else _trace(model, inputs[0], dynamic)
+    facts = described("torchscript", blocks, method=method, dynamic=list(dynamic)) | dict(metadata or {})
+    report = {"file": path.name, **facts, "checked_in": "PyTorch CPU", "blocks": blocks}
     with kept(path) as temporary:
         buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
         torch.jit.save(module, buffer, _extra_files={KEY: json.dumps(facts)})
@@ -70,14 +70,17 @@ def to_torchscript(
     return report
 
 
-def _trace(model: nn.Module, args: tuple[Any, ...]) -> Any:
+def _trace(model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[str]) -> tuple[Any, list[dict[str, Any]]]:
+    """Trace a model, lowered first if torch's unpooling is in it; also gives the lowered unpoolings."""
     try:
         # Not strict: outputs may be a dict.
         traced = torch.jit.trace(model, args, check_trace=False, strict=False)
         if "aten::max_unpool" not in str(traced.inlined_graph):
-            return traced
+            return traced, []
     except TypeError as error:
         # What F.max_unpool raises while it is traced; older releases freeze its sizes.
         if "cond must be a bool" not in str(error):
             raise
-    return torch.jit.trace(unguarded(lower_unpooling(model, args)), args, check_trace=False, strict=False)
+    lowered = lower_unpooling(capture(model, args, shapes_of(args, dynamic)))
+    blocks = [block.to_dict() for block in blocks_of(lowered)]
+    return torch.jit.trace(unguarded(lowered), args, check_trace=False, strict=False), blocks

@@ -10,7 +10,7 @@ from torch import Tensor
 from .onnx_forms import Translation
 from .verify import pool_with_indices, runner, unpool
 
-__all__ = ["Exported", "check_blocks", "mask_cases"]
+__all__ = ["Exported", "check_blocks", "compare", "mask_cases"]
 
 _Shape = list[int | None]
 _Cases = Iterator[tuple[str, list[Tensor], Tensor]]
@@ -50,13 +50,28 @@ def check_blocks(
         for case, tensors, expected in source.cases(place, block):
             got = torch.from_numpy(run([each.numpy() for each in tensors])[0])
             compared += 1
-            if not torch.equal(got, expected):
-                wrong = int((got != expected).sum())
-                raise RuntimeError(
-                    f"{block['name']} ({block['source']}): the exported form {block['lowering']!r} differs from torch "
-                    f"in {wrong} of {expected.numel()} values on {case}"
-                )
+            compare(got, expected, block, case)
     return compared
+
+
+def compare(got: Tensor, expected: Tensor, block: dict[str, Any], case: str) -> None:
+    """Refuse an unpooling that is not equal to torch's.
+
+    Args:
+        got: what the exported form makes of a map.
+        expected: what torch makes of it.
+        block: the unpooling.
+        case: what the map is, for the message.
+
+    Raises:
+        RuntimeError: naming the unpooling, its line of code and how many values differ.
+    """
+    if not torch.equal(got, expected):
+        wrong = int((got != expected).sum()) if got.shape == expected.shape else expected.numel()
+        raise RuntimeError(
+            f"{block['name']} ({block['source']}): the exported form {block['lowering']!r} differs from torch in "
+            f"{wrong} of {expected.numel()} values on {case}"
+        )
 
 
 class _Source:

@@ -205,12 +205,14 @@ def segment(
         raise ValueError(f"window={tuple(window)}: expected height and width in pixels, at least 1, or ()")
     height, width = images.shape[2:]
     tall, wide = (min(pair) for pair in zip(window or (height, width), (height, width), strict=True))
-    logits, times = torch.zeros((), device=images.device), torch.zeros(height, width, device=images.device)
+    logits, times = images.new_zeros(0), torch.zeros(height, width, device=images.device)
     for top in _starts(height, tall, overlap):
         for left in _starts(width, wide, overlap):
             part = images[:, :, top : top + tall, left : left + wide]
             found = model(F.pad(part, (0, -wide % _STRIDE, 0, -tall % _STRIDE)))[:, :, :tall, :wide].float()
-            logits = logits + F.pad(found, (left, width - left - wide, top, height - top - tall))
+            if not logits.numel():
+                logits = found.new_zeros(*found.shape[:2], height, width)
+            logits[:, :, top : top + tall, left : left + wide] += found
             times[top : top + tall, left : left + wide] += 1
     return F.interpolate(logits / times, tuple(size), mode="bilinear", align_corners=False)
 

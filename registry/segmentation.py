@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import load_state_dict
 from torch import nn
@@ -81,14 +80,14 @@ def load_weights(model: ModelT, path: Path) -> ModelT:
     Raises:
         RuntimeError: if the file cannot be read or does not fit; it is named.
     """
+    own = path.suffix == ".safetensors"
     try:
         # Of timm's scripts tensors and plain values alone: a pickle of anything else is refused.
-        own = path.suffix == ".safetensors"
         state = load_file(path) if own else load_state_dict(str(path), weights_only=True)
-    except SafetensorError as error:
-        raise RuntimeError(f"{path} is no readable safetensors file: {error}") from error
-    except RuntimeError as error:
-        raise RuntimeError(f"{path} is no checkpoint that can be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a broken pickle can raise anything
+        reason = next(iter(str(error).splitlines()), "")
+        wanted = "readable safetensors file" if own else "checkpoint that can be read"
+        raise RuntimeError(f"{path} is no {wanted}: {reason or type(error).__name__}") from error
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -75,7 +75,8 @@ def test_info_measures_latency(capsys):
 
 
 @pytest.mark.usefixtures("untrained")
-def test_predict_ranks_all_images(capsys):
+def test_predict_ranks_all_images(capsys, monkeypatch):
+    monkeypatch.setattr("poolskip_zoo.cli.predict._BATCH", 3)
     paths = [str(path) for path in sample_paths()]
     assert main(["predict", "any", *paths, "--top", "10", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -212,3 +213,5 @@ def test_a_segmentation_checkpoint_s_folder_is_diagnosed(capsys):
     folder = hub_cards_dir() / "deeplabv3plus_resnet18_poolskip.camvid_r180"
     assert main(["diagnose", str(folder), "--images", "0"]) == 0
     assert "decoder" in capsys.readouterr().out
+    assert main(["diagnose", folder.name, "--dataset", "cityscapes", "--data-dir", "."]) == 2
+    assert "segments camvid, not 'cityscapes'" in capsys.readouterr().err

@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from export_nets import PairNet
 from torch import nn
 
-from poolskip_zoo.export import onnx_forms, to_exported_program, to_onnx, to_torchscript, verify, verify_blocks
+from poolskip_zoo.export import (
+    onnx_forms,
+    to_exported_program,
+    to_onnx,
+    to_openvino,
+    to_torchscript,
+    verify,
+    verify_blocks,
+)
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -250,3 +258,19 @@ def test_what_the_optimizer_takes_out_is_not_missed(tmp_path, lowering):
     assert [block["lowering"] for block in report["blocks"]] == [lowering] * 15
     assert report["bit_comparisons"] >= 15
     assert report["outputs"]["agreement"] == 1.0
+
+
+def test_an_old_openvino_graph_never_stands_beside_new_weights(tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    path, x, rename = tmp_path / "net.xml", torch.randn(1, 4, 8, 8), Path.replace
+    to_openvino(PairNet(2, others=False).eval(), x, path, dynamic=())
+
+    def fail(self, target):
+        if Path(target) == path:
+            raise OSError("the machine goes down")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="goes down"):
+        to_openvino(PairNet(2, others=False).eval(), x, path, dynamic=())
+    assert not path.exists()

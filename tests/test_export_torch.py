@@ -56,6 +56,7 @@ def test_reports_and_metadata(written):
         extra = {"poolskip_zoo": ""}
         if path.suffix == ".pt":
             torch.jit.load(path, _extra_files=extra)
+            assert report["lowering"] == (["keys"] if path.stem == "segnet" else [])
         else:
             torch.export.load(path, extra_files=extra)
             assert report["lowering"] == ["keys"]
@@ -84,6 +85,19 @@ def test_outputs_in_a_dict_and_an_example_with_gradients(tmp_path):
     to_torchscript(model, x, tmp_path / "net.pt", dynamic=())
     outputs = torch.jit.load(tmp_path / "net.pt")(x)
     torch.testing.assert_close(outputs, dict(model(x)))
+
+
+class Plain(torch.nn.Module):
+    def forward(self, x):
+        y, i = torch.nn.functional.max_pool2d(x, 2, return_indices=True)
+        return torch.nn.functional.max_unpool2d(y, i, 2)  # of the map's own size where it is even
+
+
+def test_fixed_sizes_are_lowered_as_such(tmp_path):
+    for write, suffix in ((to_torchscript, "pt"), (to_exported_program, "pt2")):
+        report = write(Plain().eval(), torch.randn(1, 3, 16, 16), tmp_path / f"net.{suffix}")
+        assert (report["lowering"], len(report["blocks"])) == (["keys"], 1)
+    assert "scatter" not in str(torch.jit.load(tmp_path / "net.pt").inlined_graph)
 
 
 def test_options_are_checked(tmp_path):

@@ -39,6 +39,7 @@ def names(*args, **options) -> list[str]:
         (None, AUTO),
         ("auto", AUTO),
         ("blocks.*.conv1", AUTO[::2]),
+        ("stem", ["stem"]),
         (["blocks.1.*", "stem"], ["stem", "blocks.1.conv1", "blocks.1.conv2", "blocks.1.downsample.0"]),
         (Rule("*.conv?", parent="Block", exclude="blocks.0.*"), AUTO[2:]),
         ((Rule("*", exclude="*[mc0]"),), AUTO),

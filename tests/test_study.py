@@ -199,6 +199,23 @@ def test_a_grid_goes_on_with_the_best_point(tmp_path: Path) -> None:
         load_list(path, tmp_path)
 
 
+def test_a_grid_chooses_only_for_further_seeds(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text(recipe(**{**PLAIN, "hold_out": 0}).to_yaml())
+    path = tmp_path / "list.yaml"
+    entry = f"- {{recipe: {tmp_path / 'one.yaml'}, grid: [{{lr: 0.1}}, {{lr: 0.3}}]"
+    path.write_text(f"{entry}}}\n")
+    (first, *_) = recipes = load_list(path, tmp_path)
+    for each in recipes:
+        folder = tmp_path / f"{each.name}-s{each.seed}"
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text(each.to_yaml())
+        (folder / "metrics.json").write_text(json.dumps({"name": each.name, "val": None}))
+    assert load_list(path, tmp_path) == recipes
+    path.write_text(f"{entry}, seeds: [0, 1]}}\n")
+    with pytest.raises(ValueError, match=rf"{first.name} holds out no images \(hold_out=0\), by which a grid chooses"):
+        load_list(path, tmp_path / "nothing is trained yet")
+
+
 # --- the rules
 
 

@@ -201,6 +201,15 @@ def test_damaged_runs(
         load(str(folder))
 
 
+def test_a_repository_of_the_hub_comes_with_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_model(name: str, pretrained: bool, way_out: str) -> nn.Module:
+        assert pretrained
+        return timm.create_model("test_resnet_cifar")
+
+    monkeypatch.setattr("poolskip_zoo.inference.load_model", load_model)
+    assert load("hf-hub:somebody/net", pretrained=None).weights != FRESH
+
+
 def test_a_recorded_checkpoint_has_its_recipe() -> None:
     found = load("resnet20_cifar.c10")
     assert (found.recipe.name, found.dataset, found.weights) == ("resnet20_cifar.c10", "cifar10_jpeg", "weights c10")

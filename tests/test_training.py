@@ -393,6 +393,13 @@ def test_commands(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     torch.save({"state_dict": model.state_dict(), "net": model}, tmp_path / "net.pth.tar")
     with pytest.raises(RuntimeError, match=r"net\.pth\.tar is no checkpoint that can be read: "):
         call(validate_verb, "test_resnet", "--checkpoint", tmp_path / "net.pth.tar", *theirs)
+    for content, said in ((b"", "EOFError|Ran out of input"), (b"error: 404\n", ".+")):
+        (tmp_path / "net.pth.tar").write_bytes(content)
+        with pytest.raises(RuntimeError, match=rf"net\.pth\.tar is no checkpoint that can be read: ({said})"):
+            call(validate_verb, "test_resnet", "--checkpoint", tmp_path / "net.pth.tar", *theirs)
+    weights.with_name("last.pt").touch()
+    with pytest.raises(ValueError, match=r"last\.pt is the state that training goes on from; the run's weights are"):
+        call(validate_verb, "test_resnet", "--checkpoint", weights.with_name("last.pt"), *theirs)
     settings = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616), "image_size": 32}
     scores = evaluate(model, EvalLoader(load_split("cifar10_jpeg", "test", data), 64, **settings))
     assert result["top1"] == scores.top1

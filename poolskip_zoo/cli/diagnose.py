@@ -157,6 +157,8 @@ def _scene_batches(args: argparse.Namespace, subject: Subject, device: Any) -> A
 
     if not subject.segments:
         raise ValueError(f"{subject.name} does not segment: give a --dataset with one label for an image")
+    if subject.dataset != subject.recipe.dataset:
+        raise ValueError(f"{subject.name} segments {subject.recipe.dataset}, not {subject.dataset!r}")
     info = DATASETS[subject.recipe.dataset]
     scenes = load_scenes(subject.recipe.dataset, ("val",), args.data_dir, hold_out=subject.recipe.hold_out)[0]
     items = [scenes.items[place] for place in _spread(len(scenes), args.images).tolist()]

@@ -7,6 +7,8 @@ from ..contexts import kept
 
 HELP = "classify or segment image files with trained weights"
 
+_BATCH = 32  # images of a forward pass
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments.
@@ -56,13 +58,14 @@ def run(args: argparse.Namespace) -> int:
         return _segment(args, subject)
     classifier = Classifier(subject.model)
     _check_top(args.top, classifier.labels)
-    images = [read_image(path) for path in args.images]
-    for path, ranked in zip(args.images, classifier(images), strict=True):
-        best = ranked[: args.top]
-        if args.json:
-            print(json.dumps({"image": path, "classes": [{"label": k, "probability": v} for k, v in best]}))
-        else:
-            print(f"{path}: " + ", ".join(f"{label} {probability:.1%}" for label, probability in best))
+    for start in range(0, len(args.images), _BATCH):
+        paths = args.images[start : start + _BATCH]
+        for path, ranked in zip(paths, classifier([read_image(path) for path in paths]), strict=True):
+            best = ranked[: args.top]
+            if args.json:
+                print(json.dumps({"image": path, "classes": [{"label": k, "probability": v} for k, v in best]}))
+            else:
+                print(f"{path}: " + ", ".join(f"{label} {probability:.1%}" for label, probability in best))
     return 0
 
 

@@ -62,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
         if (recipe.name, recipe.seed) in counted:
             runs[place] = dataclasses.replace(runs[place], test_top1=_test(recipe, args))
     output = args.output or args.runs
-    output.mkdir(parents=True, exist_ok=True)
     text = summary(runs, unfinished)
     for name, content in (("runs.csv", to_csv(runs, Run)), ("layers.csv", to_csv(layers, LayerRow))):
         write_atomic(output / name, content.encode())

@@ -99,7 +99,7 @@ def load(
         if file.is_file() or file.with_name("config.json").is_file():
             return _of_folder(name, file, pretrained is not False)
     if pretrained is None:
-        pretrained = "." in name
+        pretrained = "." in name or ":" in name
     record = find(name) if pretrained or not is_model(name) else None
     if record is None and name in recipe_names() and load_recipe(name).segments:
         raise ValueError(f"no weights of {name} are recorded: train it, then give the folder of its run")
@@ -129,13 +129,17 @@ def of_run(name: str, file: Path, pretrained: bool = True) -> Subject:
 
     Raises:
         FileNotFoundError: if the run has left no weights yet.
+        ValueError: if the file is the state that training goes on from.
         RuntimeError: if the weights do not fit.
     """
     from ..registry.resolve import sha256_of
     from ..registry.segmentation import load_weights
     from ..training import load_recipe
+    from ..training.state import CHECKPOINT
     from ..training.task import make_task
 
+    if file.name == CHECKPOINT:  # a moving average of the weights, if there is one, is not what timm would read of it
+        raise ValueError(f"{file} is the state that training goes on from; the run's weights are model.safetensors")
     recipe = load_recipe(file.with_name("recipe.yaml"))
     model = make_task(recipe).make_model(trained=True).eval()
     if not pretrained:

@@ -148,7 +148,7 @@ def _segmentation(args: argparse.Namespace, subject: Any) -> dict[str, Any]:
     from ..data import DATASETS
     from ..data.scene_loader import EVAL_BATCH, SceneEvalLoader
     from ..data.scenes import load_scenes
-    from ..training.task import make_task
+    from ..training.task import Segmentation
 
     window = {"window": args.window, "overlap": args.overlap}
     recipe = dataclasses.replace(subject.recipe, **{key: value for key, value in window.items() if value is not None})
@@ -158,6 +158,6 @@ def _segmentation(args: argparse.Namespace, subject: Any) -> dict[str, Any]:
     size = min(args.batch_size, EVAL_BATCH)
     settings: dict[str, Any] = {"mean": info.mean, "std": info.std, "device": device, "batch_size": size}
     loader = SceneEvalLoader(scenes, image_size=recipe.image_size, channels_last=True, **settings)
-    scores = make_task(recipe).evaluate(subject.model.to(device, memory_format=torch.channels_last), loader)
+    scores = Segmentation(recipe).evaluate(subject.model.to(device, memory_format=torch.channels_last), loader)
     by_label = dict(zip(info.labels or (), scores.class_iou, strict=True))
     return {"scores": scores, "window": recipe.window, "overlap": recipe.overlap, "class_iou": by_label}

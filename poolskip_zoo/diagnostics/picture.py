@@ -105,7 +105,6 @@ def draw(folder: Path, diagnoses: Mapping[str, Diagnosis]) -> list[Path]:
     Raises:
         ImportError: if matplotlib is missing; it names the extra to install.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for measure, (label, value) in _MEASURES.items():
         figure = new_figure(8, 4.6)

@@ -112,7 +112,7 @@ def add_pool_skip(
 def _plan(name: str, module: Any, pool_size: PoolSize, groups: Groups) -> Place:
     linear = isinstance(module, nn.Linear)
     channels = module.out_features if linear else module.out_channels
-    dims = 2 if linear else _dims(module)
+    dims = 2 if linear else _layer_class(module).dims
     if groups == "auto":
         # A depthwise convolution may widen: its groups then divide the output's channels, one filter each.
         depthwise = not linear and module.groups == module.in_channels and module.groups > 1
@@ -125,8 +125,8 @@ def _plan(name: str, module: Any, pool_size: PoolSize, groups: Groups) -> Place:
     return Place(name, channels, tuple(to_window(pool_size, dims, minimum=2)), groups, parameters)
 
 
-def _dims(module: nn.Module) -> int:
-    return next(layer.dims for conv, layer in _LAYERS.items() if isinstance(module, conv))
+def _layer_class(module: nn.Module) -> Any:
+    return next(layer for conv, layer in _LAYERS.items() if isinstance(module, conv))
 
 
 def _insert(model: nn.Module, place: Place, zero_init: bool) -> None:
@@ -137,7 +137,7 @@ def _insert(model: nn.Module, place: Place, zero_init: bool) -> None:
     if isinstance(module, nn.Linear):
         layer = TokenPoolSkip2d(place.channels, attach_grid(model), **options)
     else:
-        layer = next(cls for conv, cls in _LAYERS.items() if isinstance(module, conv))(place.channels, **options)
+        layer = _layer_class(module)(place.channels, **options)
     layer.after_bias = module.bias is not None
     layer.train(module.training)
     module.pool_skip = layer

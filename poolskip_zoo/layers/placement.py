@@ -108,7 +108,7 @@ def resolve_placement(model: nn.Module, placement: PlacementLike) -> dict[str, R
             return _require(model, {name: Rule(name, groups="auto") for name in _auto_names(model)}, "auto")
         if placement in presets:
             return _require(model, _by_rules(model, presets[placement]), placement)
-        if not any(c in placement for c in "*?[."):
+        if not any(c in placement for c in "*?[.") and placement not in dict(model.named_modules()):
             raise ValueError(
                 f"unknown placement {placement!r}: choose {', '.join(map(repr, [*presets, 'auto']))}, "
                 f"name patterns such as 'layer1.*.conv1', or a predicate"

@@ -18,7 +18,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vgg import VGG
 from torch import Tensor, nn
 
-from .resnet import PoolSkipGroupedModel
+from .resnet import TIMM_STEM_STRIDE, PoolSkipGroupedModel
 from .vgg import PoolSkipVGG
 
 __all__ = [
@@ -31,8 +31,6 @@ __all__ = [
     "SmallStemResNet",
 ]
 
-# timm's ResNet reduces by 4 before its first stage (7×7 stride 2, max pooling); the 3×3 stem here by 1.
-_STEM_REDUCTION = 4
 # timm's VGG builds a head of 4096 · mlp_ratio hidden channels, replaced at once here: one channel wastes no memory.
 _ONE_HIDDEN_CHANNEL = 1 / 4096
 
@@ -124,7 +122,7 @@ class SmallStemResNet(ResNet):
             tuple(layers),
             num_classes=num_classes,
             in_chans=in_chans,
-            output_stride=(output_stride or strides[-1]) * _STEM_REDUCTION,
+            output_stride=(output_stride or strides[-1]) * TIMM_STEM_STRIDE,  # the 3×3 stem here has 1
             channels=tuple(channels),
             # Only timm's deep stem has a width to choose; its convolutions are replaced below.
             stem_type="deep",
@@ -139,7 +137,7 @@ class SmallStemResNet(ResNet):
         self.add_module("maxpool", nn.Identity())
         features: list[Any] = self.feature_info
         for info in features:
-            info["reduction"] = max(1, info["reduction"] // _STEM_REDUCTION)  # the stem itself: 2 in timm, 1 here
+            info["reduction"] = max(1, info["reduction"] // TIMM_STEM_STRIDE)  # the stem itself: 2 in timm, 1 here
 
 
 class CifarResNet(SmallStemResNet):

@@ -24,7 +24,7 @@ register_placements(
 
 
 # timm's ResNet reduces by 4 before its first stage: by 2 in the first convolution, by 2 in max pooling.
-_TIMM_STEM_STRIDE = 4
+TIMM_STEM_STRIDE = 4
 
 
 class StemResNet(ResNet):
@@ -55,11 +55,11 @@ class StemResNet(ResNet):
     """
 
     def __init__(
-        self, *args: Any, stem_stride: int = _TIMM_STEM_STRIDE, output_stride: int | None = None, **kwargs: Any
+        self, *args: Any, stem_stride: int = TIMM_STEM_STRIDE, output_stride: int | None = None, **kwargs: Any
     ) -> None:
-        if stem_stride not in (1, 2, _TIMM_STEM_STRIDE):
+        if stem_stride not in (1, 2, TIMM_STEM_STRIDE):
             raise ValueError(f"stem_stride={stem_stride!r} is not possible, choose one of 4 (timm's own), 2, 1")
-        finer = _TIMM_STEM_STRIDE // stem_stride
+        finer = TIMM_STEM_STRIDE // stem_stride
         if finer > 1 and output_stride not in (None, *(stem_stride * i for i in (2, 4, 8))):
             options = ", ".join(str(stem_stride * i) for i in (2, 4, 8))
             raise ValueError(f"output_stride={output_stride!r} is not possible at stem_stride={stem_stride}: {options}")

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ..contexts import write_atomic
-from ..data import DATASETS
+from ..data import DATASETS, TrainLoader
+from ..data.scene_loader import SceneTrainLoader
 from . import build
 from .evaluate import Batches, describe
 from .metrics import Recorder, draw_curves, hardware, versions, write_json
@@ -31,7 +32,7 @@ from .state import (
     save_weights,
     seed_step,
 )
-from .task import TrainBatches, make_task
+from .task import make_task
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,7 +128,7 @@ class _Run:
         self.task = make_task(recipe)
         torch.manual_seed(recipe.seed)
         model = self.task.make_model()
-        self.loader: TrainBatches
+        self.loader: TrainLoader | SceneTrainLoader
         self.val_loader: Batches | None
         # One process of each machine fetches the data, and the others find them.
         with accelerator.local_main_process_first() if download else nullcontext():

@@ -20,6 +20,7 @@ import yaml
 
 from ..contexts import write_atomic
 from .loop import train
+from .metrics import write_json
 from .recipe import RECIPE_DIR, Recipe, load_recipe, read_yaml
 from .state import finished_metrics, run_folder
 
@@ -112,6 +113,11 @@ def _expand(path: Path, entry: Any, output: Path) -> Iterator[Recipe]:
     seeds = [points[0].seed] if seeds is None else seeds
     first = [dataclasses.replace(point, seed=seed) for seed in seeds[:1] for point in points]
     yield from first
+    if not seeds[1:]:
+        return
+    unjudged = next((recipe.name for recipe in first if len(first) > 1 and recipe.hold_out == 0), None)
+    if unjudged:
+        raise ValueError(f"{path}: {unjudged} holds out no images (hold_out=0), by which a grid chooses for more seeds")
     best = first[0] if len(first) == 1 else _best(first, output)
     if best is not None:
         yield from (dataclasses.replace(best, seed=seed) for seed in seeds[1:])
@@ -279,7 +285,7 @@ def scores_on_test(folder: Path, measure: Callable[[Path], dict[str, Any]] | Non
     """
     path = folder / "scores.json"
     if not path.exists() and measure is not None:
-        write_atomic(path, (json.dumps(measure(folder)) + "\n").encode())
+        write_json(path, measure(folder))
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
@@ -333,7 +339,6 @@ def join_weights(folder: Path) -> None:
 
 def _write_summary(path: Path, outcomes: list[Outcome]) -> None:
     """Write one line per run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     for outcome in outcomes:
         row: dict[str, Any] = {"name": outcome.recipe.name, "seed": outcome.recipe.seed, "state": outcome.state}

@@ -1,15 +1,18 @@
-"""What a run does for its task, classification or segmentation; the loop around it is the same."""
+"""What a run does for its task, classification or segmentation; the loop around it is the same.
+
+Both classes have the same methods.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..data import DATASETS, load_splits
+from ..data import DATASETS, EvalLoader, TrainLoader, load_splits
 from ..data.scene_augment import SceneAugment
 from ..data.scene_loader import SceneEvalLoader, SceneTrainLoader
 from ..data.scenes import Scenes, load_scenes
@@ -23,54 +26,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 DataDir = str | os.PathLike[str] | None
-
-
-class TrainBatches(Protocol):
-    """Training batches of one process."""
-
-    steps: int
-
-    def batch(self, epoch: int, step: int, micro: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make one batch: of optimizer step `step` of an epoch, all from 0, the images and their labels."""
-
-
-class Task(Protocol):
-    """What differs between tasks.
-
-    Args:
-        scores: Names of the scores that are recorded after every epoch.
-    """
-
-    scores: tuple[str, ...]
-
-    def make_model(self, trained: bool = False) -> nn.Module:
-        """Make the model on the CPU, with fresh weights, or for trained ones to be loaded."""
-
-    def make_loaders(
-        self, data_dir: DataDir, download: bool, accelerator: Accelerator
-    ) -> tuple[TrainBatches, Batches | None]:
-        """Make the loaders of training and of held-out images, if any."""
-
-    def make_criterion(self) -> nn.Module:
-        """Make the loss of logits and labels, after the loaders."""
-
-    def evaluate(self, model: nn.Module, loader: Batches, **settings: Any) -> Any:
-        """Measure a model; `settings` are those of `poolskip_zoo.training.evaluate`."""
-
-    def files(self, model: nn.Module) -> dict[str, Any]:
-        """Give what stands beside the weights as JSON, by file name."""
-
-
-def make_task(recipe: Recipe) -> Task:
-    """Make the task of a recipe's data set.
-
-    Args:
-        recipe: The run.
-
-    Returns:
-        The task.
-    """
-    return Segmentation(recipe) if recipe.segments else Classification(recipe)
 
 
 class Classification:
@@ -88,8 +43,8 @@ class Classification:
 
     def make_loaders(
         self, data_dir: DataDir, download: bool, accelerator: Accelerator
-    ) -> tuple[TrainBatches, Batches | None]:
-        """Make the loaders."""
+    ) -> tuple[TrainLoader, EvalLoader | None]:
+        """Make the loaders of training and of held-out images, if any."""
         hold_out = self.recipe.hold_out
         names = ("train", "val") if hold_out else ("train",)
         splits = load_splits(self.recipe.dataset, names, data_dir, hold_out=hold_out, download=download)
@@ -132,8 +87,8 @@ class Segmentation:
 
     def make_loaders(
         self, data_dir: DataDir, download: bool, accelerator: Accelerator
-    ) -> tuple[TrainBatches, Batches | None]:
-        """Make the loaders."""
+    ) -> tuple[SceneTrainLoader, SceneEvalLoader | None]:
+        """Make the loaders of training and of held-out images, if any."""
         recipe = self.recipe
         names = ("train", "val") if recipe.hold_out else ("train",)
         splits = load_scenes(recipe.dataset, names, data_dir, hold_out=recipe.hold_out, download=download)
@@ -155,7 +110,7 @@ class Segmentation:
         return train, held_out
 
     def make_criterion(self) -> nn.Module:
-        """Make the loss."""
+        """Make the loss of logits and labels, after the loaders: classes may be weighed by the training images."""
         recipe, weights = self.recipe, None
         if recipe.class_weights == "balanced":
             assert self._train is not None
@@ -171,6 +126,18 @@ class Segmentation:
     def files(self, model: nn.Module) -> dict[str, Any]:
         """Give smp's config.json, so that `smp.from_pretrained` loads the folder."""
         return {"config.json": smp_config(model)}
+
+
+def make_task(recipe: Recipe) -> Classification | Segmentation:
+    """Make the task of a recipe's data set.
+
+    Args:
+        recipe: The run.
+
+    Returns:
+        The task.
+    """
+    return Segmentation(recipe) if recipe.segments else Classification(recipe)
 
 
 class SegmentationLoss(nn.Module):
