@@ -138,16 +138,17 @@ def capture(model: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = "auto
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
-    """Without operators in place, if one comes between a pooling and its unpooling.
+    """Without operators in place, if one comes between a pooling and its unpooling, or equal unpoolings are merged.
 
-    Forms stand where the unpooling is and read the map that was pooled, which may be overwritten by then. Elsewhere
-    they stay: to trace a ResNet anew takes longer than to capture it.
+    Forms stand where the unpooling is and read the map that was pooled, which may be overwritten by then; and of two
+    equal results one may be overwritten. Elsewhere they stay: to trace a ResNet anew takes longer than to capture it.
     """
     nodes = list(program.graph.nodes)
+    merged = any(unpoolings(program.graph).values())
     for place, node in enumerate(nodes):
         indices = root(node.args[1]) if node.target in UNPOOLS else None
         if indices is not None and from_pool(indices):
-            between = nodes[nodes.index(indices.args[0]) : place]
+            between = nodes if merged else nodes[nodes.index(indices.args[0]) : place]
             schemas = [getattr(each.target, "_schema", None) for each in between]
             if any(schema and schema.is_mutable for schema in schemas):
                 return program.run_decompositions({})

@@ -203,6 +203,8 @@ class Pair(_Pooling):
         """Why only an index tensor describes the pair, or None."""
         if reason := super().misfit():
             return reason
+        if self.batched != (_value(self.unpooling.args[0]).dim() == self.dims + 2):
+            return "only one of pooling and unpooling has a batch axis"
         most = min(MOST_CELLS, functional.largest_exact_key(_value(self.x).dtype))
         if math.prod(self.window) > most:
             return f"a window of {math.prod(self.window)} cells has more than {most}"
@@ -270,6 +272,7 @@ class Pair(_Pooling):
             result = graph.call_function(form, (*maps, *rest))
             if not batched:
                 result = graph.call_function(_aten.squeeze.dim, (result, 0))
+        result.meta.update(_facts(self.unpooling))
         self.unpooling.replace_all_uses_with(result)
         graph.erase_node(self.unpooling)
 
@@ -300,6 +303,7 @@ def drop_unused_indices(graph: Graph, pooling: Any) -> None:
         if one:
             pooled = graph.call_function(_aten.squeeze.dim, (pooled, -1))
     for user in list(pooling.users):
+        pooled.meta.update(_facts(user))
         user.replace_all_uses_with(pooled)
         graph.erase_node(user)
 
@@ -309,6 +313,11 @@ def _spread(size: Any, axes: int) -> list[int]:
         return []
     size = [size] if isinstance(size, int) else list(size)
     return size * axes if len(size) == 1 else size
+
+
+def _facts(node: Any) -> dict[str, Any]:
+    """What the next pooling or unpooling asks of a value, for the node that takes its place."""
+    return {key: node.meta[key] for key in ("val", "stack_trace") if key in node.meta}
 
 
 def _value(node: Any) -> Any:

@@ -13,11 +13,27 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["Predictor"]
+__all__ = ["Predictor", "to_rgb"]
 
 _KEY = "poolskip_zoo"
 
 Run = Callable[[np.ndarray], list[np.ndarray]]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image; of 16 bits per pixel the upper eight count, where Pillow would cut off at 255.
+
+    Args:
+        image: of any mode.
+
+    Returns:
+        RGB image.
+    """
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.dtype.itemsize == 2 or values.max(initial=0) > 255:  # a PNG of 16 bits is one of 32 to older Pillow
+            image = Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 class Predictor:
@@ -62,7 +78,7 @@ class Predictor:
         """Classify or segment one image.
 
         Args:
-            image: path, or Pillow image.
+            image: path, whose EXIF orientation counts, or Pillow image as it is.
 
         Returns:
             For a classifier its (label, probability) pairs, the most likely first; for a segmentation model the class
@@ -74,7 +90,7 @@ class Predictor:
         if not isinstance(image, Image.Image):
             with Image.open(image) as file:
                 image = ImageOps.exif_transpose(file)
-        image = image.convert("RGB")
+        image = to_rgb(image)
         mask = self.metadata.get("task") == "segmentation"
         height, width = self.metadata["input_size"][-2:]
         prepared = image.resize((width, height), Image.Resampling.BILINEAR) if mask else self._crop(image)

@@ -119,7 +119,8 @@ def _check_types(program: Any, half: bool) -> None:
     for unpooling in unpoolings(program.graph):
         dtype = unpooling.meta["val"].dtype
         if dtype != wanted:
-            way_out = "" if half or dtype != torch.float16 else "; half=True makes a float16 file of a float32 model"
+            halves = "half=True makes a float16 file of a float32 model"
+            way_out = "" if half else f"; {halves if dtype == torch.float16 else 'call .float() before pooling'}"
             raise ValueError(f"node {unpooling.name!r} unpools {dtype}: expected {wanted}{way_out}")
 
 

@@ -63,7 +63,15 @@ def to_torchscript(
         buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
         torch.jit.save(module, buffer, _extra_files={KEY: json.dumps(facts)})
         temporary.write_bytes(buffer.getbuffer())
-        report["outputs"] = check_outputs(in_torch(torch.jit.load(temporary)), model, inputs, False)
+        try:
+            report["outputs"] = check_outputs(in_torch(torch.jit.load(temporary)), model, inputs, False)
+        except RuntimeError as error:
+            if not blocks:
+                raise
+            way_out = "take method='script', dynamic=(), or to_exported_program"
+            raise RuntimeError(
+                f"{error}; the trace of a lowered model freezes sizes it computes with: {way_out}"
+            ) from error
         judge(report["outputs"], path)
         report.pop("class_names", None)
         write_report(path, report)

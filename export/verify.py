@@ -110,9 +110,10 @@ def first_line(error: BaseException | None) -> str:
         error: the exception.
 
     Returns:
-        Its first line, or its type where it says nothing, as a bare assert does.
+        Its first line, or its type where it says nothing, as a bare assert does; of TorchScript's interpreter the last.
     """
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return others[-1] if others and "failed in the TorchScript interpreter" in first else first
 
 
 def _providers(runtime: str) -> list[str]:

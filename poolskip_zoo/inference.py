@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +35,11 @@ def read_image(path: str | os.PathLike[str]) -> "Image":
     """
     from PIL import Image, ImageOps
 
+    from .export.predictor import to_rgb
+
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise FileNotFoundError(f"no such image: {path}") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
@@ -146,7 +148,7 @@ class Classifier:
         """
         return cls(load_model(name))
 
-    def preprocess(self, images: Sequence["Image"]) -> Tensor:
+    def preprocess(self, images: Iterable["Image"]) -> Tensor:
         """Resize, crop and normalise as at the checkpoint's evaluation.
 
         Args:
@@ -158,7 +160,7 @@ class Classifier:
         return torch.stack([self.transform(image) for image in images])
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence["Image"]) -> list[list[tuple[str, float]]]:
+    def __call__(self, images: Iterable["Image"]) -> list[list[tuple[str, float]]]:
         """Rank the classes of each image.
 
         Args:

@@ -39,6 +39,8 @@ def create_segmentation(model: str, model_args: Mapping[str, Any], classes: int)
     if model not in known:
         raise ValueError(f"unknown segmentation model {model!r}: one of {', '.join(known)}")
     encoder = model_args.get("encoder_name", "resnet34")
+    if not isinstance(encoder, str):
+        raise ValueError(f"encoder_name={encoder!r}: expected a name such as 'resnet18_poolskip'")
     excess = set(model_args) - set(inspect.signature(known[model]).parameters)
     if excess and encoder not in encoder_names() and not encoder.startswith("tu-"):
         # smp passes them on to the encoder, and its own encoders swallow what they do not know.

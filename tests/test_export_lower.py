@@ -14,6 +14,7 @@ from torch import nn
 from torch.export import Dim
 
 import poolskip_zoo
+from poolskip_zoo import max_pool_unpool2d
 from poolskip_zoo.export import blocks_of, lower_unpooling
 from poolskip_zoo.layers import pool_skip_modules
 
@@ -81,6 +82,75 @@ def test_maps_that_are_changed_after_their_pooling(captured):
     lowered = lower_unpooling(torch.export.export(model, (x,)) if captured else model, None if captured else x)
     assert [block.lowering for block in blocks_of(lowered)] == ["keys"]
     assert torch.equal(lowered(x), model(x))
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def pool(x, size=2):
+    return F.max_pool2d(x, size, return_indices=True)
+
+
+def unpool(values, indices, like, size=2):
+    return F.max_unpool2d(values, indices, size, output_size=like.shape[2:])
+
+
+def stacked(x):
+    y, i = pool(x)
+    z, j = pool(y)
+    return unpool(unpool(z, j, y), i, x)
+
+
+def one_after_the_other(x):
+    y, i = pool(x)
+    u = unpool(y, i, x)
+    z, j = pool(u, 3)
+    return unpool(z, j, u, 3)
+
+
+def pooled_twice(x):
+    y, _ = pool(x)
+    z, j = pool(y)
+    return unpool(z, j, y)
+
+
+def one_of_two_changed(x):
+    y, i = pool(x)
+    u, v = unpool(y, i, x), unpool(y, i, x)
+    u.mul_(2.0)
+    return u + v
+
+
+def batched_in_between(x):
+    y, i = pool(x[0])
+    return unpool(y.unsqueeze(0), i.unsqueeze(0), x)
+
+
+@pytest.mark.parametrize("lowering", ["keys", "arith", "scatter"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        stacked,
+        one_after_the_other,
+        pooled_twice,
+        one_of_two_changed,
+        batched_in_between,
+        lambda x: max_pool_unpool2d(max_pool_unpool2d(x, 2), 3),
+    ],
+)
+def test_pairs_that_meet(function, lowering):
+    model = Function(function).eval()
+    lowered = lower_unpooling(model, ties(2, 3, 19, 23), lowering=lowering)
+    x = ties(2, 3, 14, 33)
+    got, expected = lowered(x), model(x)
+    assert got.shape == expected.shape
+    assert torch.equal(got, expected)
 
 
 def test_branches_of_the_graph_are_not_passed_over():

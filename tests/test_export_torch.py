@@ -100,6 +100,28 @@ def test_fixed_sizes_are_lowered_as_such(tmp_path):
     assert "scatter" not in str(torch.jit.load(tmp_path / "net.pt").inlined_graph)
 
 
+class Bottleneck(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3 * 8 * 8, 3 * 8 * 8)
+
+    def forward(self, x):
+        y, i = torch.nn.functional.max_pool2d(x, 2, return_indices=True)
+        z = self.linear(y.view(x.size(0), -1)).view(x.size(0), 3, 8, 8)
+        return torch.nn.functional.max_unpool2d(z, i, 2, output_size=x.shape[2:])
+
+
+def test_a_trace_that_froze_a_size_says_so(tmp_path):
+    model, x = Bottleneck().eval(), torch.randn(1, 3, 16, 16)
+    with pytest.raises(
+        RuntimeError,
+        match=r"fails at input .*mat1 and mat2 shapes cannot be multiplied.*take method='script', dynamic=\(\)",
+    ):
+        to_torchscript(model, x, tmp_path / "net.pt")
+    assert not list(tmp_path.iterdir())
+    assert to_torchscript(model, x, tmp_path / "net.pt", dynamic=())["outputs"]["max_relative_error"] <= 1e-4
+
+
 def test_options_are_checked(tmp_path):
     model, x = SegNet().eval(), torch.randn(1, 3, 32, 32)
     with pytest.raises(ValueError, match="method='jit'"):

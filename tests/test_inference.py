@@ -3,6 +3,7 @@
 import re
 
 import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
@@ -44,6 +45,13 @@ def test_images_are_upright(tmp_path):
     exif[0x0112] = 6  # Orientation: turn by 90° to show
     IMAGE.save(tmp_path / "turned.png", exif=exif)
     assert read_image(tmp_path / "turned.png").size == IMAGE.size[::-1]
+
+
+def test_sixteen_bits_are_no_white_picture(tmp_path):
+    grey = np.asarray(IMAGE.convert("L"))
+    for name, values in (("16.png", grey.astype(np.uint16) * 257), ("32.tif", grey.astype(np.int32) * 257)):
+        Image.fromarray(values).save(tmp_path / name)
+        assert np.array_equal(np.asarray(read_image(tmp_path / name))[..., 0], grey), name
 
 
 def test_what_is_no_image_is_named(tmp_path, monkeypatch):

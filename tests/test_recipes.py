@@ -80,6 +80,7 @@ def test_written_recipe_holds_every_key_and_reads_back_equal() -> None:
         ({"dataset": "mnist"}, "recipe key dataset='mnist' must be one of cifar10"),
         ({"model_args": [1]}, r"recipe key model_args=\[1\] must be of type dict"),
         ({"model_args": {"num_classes": 3}}, "must not hold num_classes"),
+        ({"model_args": {"in_chans": 1}}, "must not hold in_chans"),
         ({"name": "../a"}, "recipe key name='../a' must be a plain file name"),
         ({"name": "a:b"}, "recipe key name='a:b' must be a plain file name"),
         ({"warmup_epochs": 30}, "warmup_epochs=30.0 must be below epochs=20"),

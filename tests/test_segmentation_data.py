@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from poolskip_zoo.data import DATASETS
-from poolskip_zoo.data.scene_augment import SceneAugment
+from poolskip_zoo.data.scene_augment import SceneAugment, scaled_size
 from poolskip_zoo.data.scene_loader import SceneEvalLoader, SceneTrainLoader
 from poolskip_zoo.data.scenes import Scenes, load_scenes
 
@@ -211,6 +211,11 @@ def test_scale_keeps_image_and_labels_together(scale: Sequence[float], size: tup
     agree = (crop[1].int() - cut.int()).abs() <= 1
     assert agree.float().mean() > 0.7  # but at the edges between blocks, where pixels are mixed
     assert len(cut.unique()) >= 15
+
+
+def test_a_thin_image_is_not_blown_up() -> None:
+    with pytest.raises(ValueError, match="an image of 1x3000 pixels is too thin: its shorter side becomes 180"):
+        scaled_size((3000, 1), 180)
 
 
 def test_image_size_comes_before_scale() -> None:

@@ -180,6 +180,7 @@ def test_a_list_of_runs_may_hold_segmentation(data: Path, tmp_path: Path) -> Non
     [
         ({"model": "unett"}, "unknown segmentation model 'unett': one of unet, "),
         ({"model_args": {"encoder_name": "resnet19"}}, "unet does not take model_args=.*resnet19"),
+        ({"model_args": {"encoder_name": 5}}, "encoder_name=5: expected a name"),
         ({"model_args": {"encoder_depht": 3}}, "unet on resnet34 does not take model_args encoder_depht"),
         ({"batch_size": 16}, "batch_size=16 is larger than the 12 training images"),
         ({"hold_out": 12}, "hold_out=12 must be"),

@@ -305,7 +305,7 @@ def recorded(study: str = "study") -> list[Run]:
         return [Run(**{key: read(kinds[key], text) for key, text in line.items()}) for line in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("study", ["study", "study_longer", "study_decay", "study_decay_again"])
+@pytest.mark.parametrize("study", ["study", "study_longer", "study_decay", "study_decay_again", "study_decay_plain"])
 def test_the_page_has_the_numbers_of_its_csv(study: str) -> None:
     page, runs = (ROOT / "docs" / f"{study}.md").read_text(encoding="utf-8"), recorded(study)
     told = {net: re.search(rf"^- {net}: (.*): no verdict yet\.$", page, re.M) for net in {run.net for run in runs}}
@@ -323,6 +323,14 @@ def test_readme_says_the_verdict_of_the_other_runs(study: str) -> None:
     supported = re.search(r"is supported .*?(B − C = \S+ \[\S+ \S+\])", mechanism)
     assert (supported is not None) == (study == "study_decay")
     assert supported is None or f"{supported[1]}, which supports the mechanism" in said
+
+
+def test_readme_says_what_the_plain_net_shows() -> None:
+    _, mechanism = verdict(recorded("study_decay_plain"), "plain20_cifar")
+    found = re.search(r"is not supported .*?B − C = (\S+ \[\S+ \S+\])", mechanism)
+    assert found
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"it is not supported: {found[1]}" in said
 
 
 def test_the_repetition_says_the_intervals_of_all_its_seeds() -> None:

@@ -159,7 +159,9 @@ def test_folders_of_timm_and_smp(run: tuple[Path, nn.Module], capsys: pytest.Cap
     assert_same(load("timm/other.safetensors").model(x), other(x))
     net = smp.Unet("resnet18", encoder_weights=None, classes=2).eval()
     net.save_pretrained("smp")
+    capsys.readouterr()
     assert_same(load("smp").model(torch.ones(1, 3, 32, 32)), net(torch.ones(1, 3, 32, 32)))
+    assert capsys.readouterr().out == ""
     for words, said in (
         (["export", "smp"], "load its model in Python (smp's folders by smp.from_pretrained)"),
         (["predict", "smp", "x.png"], "Unet is no classifier of timm: it does not say what images it takes"),

@@ -101,7 +101,10 @@ def test_what_cannot_be_started_from_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"init='a\.b' is the run itself"):
         make_recipe({**EVERYTHING, "name": "a.b", "init": "a.b"})
     path = tmp_path / "model.safetensors"
+    with pytest.raises(FileNotFoundError, match=rf"starts from init='{path}', and there is no such file"):
+        init_file(recipe(init=str(path)), tmp_path)
     path.write_bytes(b"<html>")
+    assert init_file(recipe(init=str(path)), tmp_path) == path
     model = timm.create_model("test_resnet", num_classes=10)
     with pytest.raises(ValueError, match="no readable safetensors file"):
         init_weights(path, model)

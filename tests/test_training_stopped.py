@@ -55,6 +55,55 @@ def test_sigterm_ends_a_run_with_a_checkpoint(data: Path, finished: Path, tmp_pa
     assert_equal_runs(finished, tmp_path / finished.name)
 
 
+def test_ctrl_c_ends_a_run_with_a_checkpoint(data: Path, finished: Path, tmp_path: Path) -> None:  # noqa: F811
+    run_killed(data, tmp_path, at=STEPS + 5, by=signal.SIGINT)
+    state = load_checkpoint(tmp_path / finished.name)
+    assert state is not None
+    assert (state["epoch"], state["step"]) == (1, 5)
+
+
+TWICE = """
+import signal
+from poolskip_zoo.training.signals import hold_signals
+
+former = signal.getsignal(signal.SIGINT)
+with hold_signals() as stopped:
+    assert not stopped()
+    signal.raise_signal(signal.SIGINT)
+    assert stopped()
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        print("at once")
+assert signal.getsignal(signal.SIGINT) is former
+"""
+
+
+def test_a_second_ctrl_c_is_not_held_back() -> None:
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (0, "at once\n"), done.stderr
+    assert "Ctrl-C again stops at once" in done.stderr
+
+
+def test_a_run_without_a_checkpoint_keeps_no_other_from_its_folder(data: Path, tmp_path: Path) -> None:  # noqa: F811
+    wrong = recipe(**{**PLAIN, "epochs": 1, "model_args": {"drop_rate": 7.0}})
+    with pytest.raises(ValueError, match="7"):
+        train(wrong, data, tmp_path, cpu=True)
+    assert train(recipe(**PLAIN, epochs=1), data, tmp_path, cpu=True, limit_steps=1) is None
+    with pytest.raises(ValueError, match="holds a run of another recipe"):
+        train(recipe(**PLAIN, epochs=2), data, tmp_path, cpu=True)
+
+
+def test_lost_weights_are_written_again(data: Path, tmp_path: Path) -> None:  # noqa: F811
+    short = recipe(**PLAIN, epochs=1)
+    metrics = train(short, data, tmp_path, cpu=True)
+    path = tmp_path / "test_resnet.tiny-s0" / "model.safetensors"
+    weights = path.read_bytes()
+    path.unlink()
+    assert train(short, data, tmp_path, cpu=True) == metrics
+    assert path.read_bytes() == weights
+
+
 HANDLED = """
 import json, signal, sys
 from pathlib import Path

@@ -156,7 +156,10 @@ def _scene_batches(args: argparse.Namespace, subject: Subject, device: Any) -> A
     from ..data.scenes import Scenes, load_scenes
 
     if not subject.segments:
-        raise ValueError(f"{subject.name} does not segment: give a --dataset with one label for an image")
+        raise ValueError(
+            f"{subject.name} does not segment, or no recipe.yaml says how: give --images 0, or a --dataset with one "
+            "label for an image"
+        )
     if subject.dataset != subject.recipe.dataset:
         raise ValueError(f"{subject.name} segments {subject.recipe.dataset}, not {subject.dataset!r}")
     info = DATASETS[subject.recipe.dataset]

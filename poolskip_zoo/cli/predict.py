@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     _check_top(args.top, classifier.labels)
     for start in range(0, len(args.images), _BATCH):
         paths = args.images[start : start + _BATCH]
-        for path, ranked in zip(paths, classifier([read_image(path) for path in paths]), strict=True):
+        for path, ranked in zip(paths, classifier(map(read_image, paths)), strict=True):
             best = ranked[: args.top]
             if args.json:
                 print(json.dumps({"image": path, "classes": [{"label": k, "probability": v} for k, v in best]}))

@@ -1,6 +1,9 @@
 """The model that a verb's words stand for: a name, a folder, a file or a call of a function."""
 
+import io
 import re
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +148,7 @@ def of_run(name: str, file: Path, pretrained: bool = True) -> Subject:
     if not pretrained:
         return Subject(name, model, FRESH, recipe.dataset, recipe)
     if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} has no {file.name}: the run is not finished")
+        raise FileNotFoundError(f"{file.parent} has no {file.name}: the run is not finished, or has lost it")
     load_weights(model, file)
     return Subject(name, model, f"trained by {recipe.name}", recipe.dataset, recipe, sha256_of(file))
 
@@ -196,7 +199,8 @@ def _of_folder(name: str, file: Path, pretrained: bool) -> Subject:
     if '"_model_class"' in config.read_text(encoding="utf-8"):
         import segmentation_models_pytorch as smp
 
-        model = smp.from_pretrained(str(file.parent)).eval()
+        with redirect_stdout(io.StringIO()):  # the Hub's client prints that the folder is one
+            model = smp.from_pretrained(str(file.parent)).eval()
     else:
         model = load_model(f"local-dir:{file.parent}", pretrained)
     if pretrained and Path(name).is_file():  # there may be several in the folder
@@ -223,7 +227,6 @@ def _call(name: str, module: str, function: str, arguments: str | None) -> Any:
     import ast
     import importlib
     import operator
-    import sys
 
     from torch import nn
 

@@ -107,9 +107,14 @@ def scaled_size(size: Sequence[int], image_size: int) -> tuple[int, int]:
     Returns:
         Height and width.
 
+    Raises:
+        ValueError: If one side is over 50 times the other: what they are scaled to would fill the memory.
+
     Example:
         >>> scaled_size((360, 480), 180)
         (180, 240)
     """
+    if image_size and max(size) > 50 * min(size):
+        raise ValueError(f"an image of {size[1]}x{size[0]} pixels is too thin: its shorter side becomes {image_size}")
     zoom = image_size / min(size) if image_size else 1.0
     return round(size[0] * zoom), round(size[1] * zoom)

@@ -150,6 +150,8 @@ def _read_camvid(folder: Path, split: str, download: bool) -> list[Item]:
             item = _tensors(image, labels, table)
         except (KeyError, OSError, BadZipFile, zlib.error) as error:  # of PIL: OSError; of what a zip lacks: KeyError
             raise RuntimeError(f"{place}: {split}/{file.name} or its labels cannot be read: {error}") from error
+        if item[1].ndim != 2:
+            raise RuntimeError(f"{place}: the labels of {split}/{file.name} are no picture of one channel")
         if item[0].shape[1:] != item[1].shape:
             raise RuntimeError(f"{place}: {split}/{file.name} and its labels differ in size")
         return item

@@ -115,7 +115,7 @@ def create_classifier(name: str, dataset: str, model_args: Mapping[str, Any], im
     try:
         model: Any = make(name, num_classes=DATASETS[dataset].num_classes, **model_args)
     # As timm refuses keywords and values.
-    except (TypeError, AssertionError, KeyError) as error:
+    except (TypeError, ValueError, AssertionError, KeyError) as error:
         raise ValueError(
             f"{name} does not take model_args={dict(model_args)}: {type(error).__name__} {error}"
         ) from error
@@ -167,7 +167,8 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         ]
     try:
         return create_optimizer_v2(parameters, opt=name, **{**settings, **recipe.optimizer_args})
-    except (TypeError, AssertionError, ImportError) as error:  # the last two: what needs a GPU or a package
+    # AssertionError, ImportError: what needs a GPU or a package
+    except (TypeError, ValueError, IndexError, AssertionError, ImportError) as error:
         raise ValueError(f"no optimizer {name} with optimizer_args={recipe.optimizer_args}: {error}") from error
 
 

@@ -21,7 +21,7 @@ from . import build
 from .evaluate import Batches, describe
 from .metrics import Recorder, draw_curves, hardware, versions, write_json
 from .recipe import Recipe, make_recipe
-from .sigterm import hold_sigterm
+from .signals import hold_signals
 from .start import init_file, init_seconds, init_weights
 from .state import (
     finished_metrics,
@@ -58,8 +58,8 @@ def train(
 
     The run folder is ``<output>/<name>-s<seed>``. A run that was ended in any way goes on from its last checkpoint when
     called again, and ends equal to the bit to one that was not ended (on a GPU with ``deterministic``; with the same
-    number of processes). A finished run is not trained again. At SIGTERM it writes a checkpoint before the signal takes
-    its course.
+    number of processes). A finished run is not trained again. At SIGTERM or Ctrl-C it writes a checkpoint before the
+    signal takes its course; a second Ctrl-C ends it at once.
 
     Args:
         recipe: The run.
@@ -100,7 +100,7 @@ def train(
         run = _Run(recipe, folder, accelerator, data_dir, download)
         try:
             run.open(resume)
-            with hold_sigterm() as terminated:
+            with hold_signals() as terminated:
                 ended = run.fit(checkpoint_steps, limit_steps, lambda: time.monotonic() > deadline or terminated())
             return run.finish() if ended else None
         finally:

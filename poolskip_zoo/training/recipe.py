@@ -197,7 +197,7 @@ _CLASSIFICATION_KEYS = (
     *("train_images", "sizes", "mixup", "cutmix", "crop_padding", "rand_augment", "random_erasing"),
 )
 # Of model_args: what the data set decides; aux_params would add a classifier, for which it has no labels.
-_DECIDED = {"num_classes", "classes", "aux_params"}
+_DECIDED = {"num_classes", "classes", "in_chans", "in_channels", "aux_params"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -249,7 +249,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = _find(str(source))
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none, too
         raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of recipe keys, not {type(values).__name__}")

@@ -32,10 +32,14 @@ def init_file(recipe: Recipe, output: Path) -> Path:
         FileNotFoundError: If there is none.
         RuntimeError: If it is a checkpoint whose weights cannot be had.
     """
+    path = Path(recipe.init)
+    if path.is_file():
+        return path
+    if path.name != recipe.init:
+        raise FileNotFoundError(f"{recipe.name} starts from init={recipe.init!r}, and there is no such file")
     run = run_folder(output, dataclasses.replace(recipe, name=recipe.init, init=""))
-    for path in (Path(recipe.init), run / "model.safetensors"):
-        if path.is_file():
-            return path
+    if (run / "model.safetensors").is_file():
+        return run / "model.safetensors"
     checkpoint = find(recipe.init) if "." in recipe.init else None
     if checkpoint is None:
         raise FileNotFoundError(

@@ -57,11 +57,15 @@ def finished_metrics(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
         recipe: The run that is meant.
 
     Returns:
-        What ``metrics.json`` holds, or None if the run is not finished.
+        What ``metrics.json`` holds, or None if the run is not finished, or has lost its weights and can write them
+        again.
 
     Raises:
         ValueError: If the folder holds a run of another recipe, or a file in it is damaged.
     """
+    path, checkpoint, weights = (folder / name for name in ("metrics.json", CHECKPOINT, "model.safetensors"))
+    if not (path.exists() or checkpoint.exists() or weights.exists()):
+        return None  # a run that ended before its first checkpoint, by its recipe perhaps, is none
     try:
         written = make_recipe(read_yaml((folder / "recipe.yaml").read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -75,8 +79,9 @@ def finished_metrics(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
             f"{folder} holds a run of another recipe ({'; '.join(changed)}): "
             "give another name or --output, or start over with --no-resume"
         )
-    path = folder / "metrics.json"  # written last
-    try:
+    if checkpoint.exists() and not weights.exists():
+        return None
+    try:  # metrics.json is written last
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: start over with --no-resume ({error})") from error
@@ -167,7 +172,9 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["recipe"]  # what another program wrote has none
+        return state
     except Exception as error:
         kind = type(error).__name__
         raise RuntimeError(f"checkpoint {path} cannot be read ({kind}): start over with --no-resume") from error
