@@ -13,22 +13,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["Predictor", "to_rgb"]
+__all__ = ["Predictor"]
 
 _KEY = "poolskip_zoo"
 
 Run = Callable[[np.ndarray], list[np.ndarray]]
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image; of 16 bits per pixel the upper eight count, where Pillow would cut off at 255.
-
-    Args:
-        image: of any mode.
-
-    Returns:
-        RGB image.
-    """
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image; of 16 bits per pixel the upper eight count, where Pillow would cut off at 255."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.dtype.itemsize == 2 or values.max(initial=0) > 255:  # a PNG of 16 bits is one of 32 to older Pillow
@@ -90,7 +83,7 @@ class Predictor:
         if not isinstance(image, Image.Image):
             with Image.open(image) as file:
                 image = ImageOps.exif_transpose(file)
-        image = to_rgb(image)
+        image = _to_rgb(image)
         mask = self.metadata.get("task") == "segmentation"
         height, width = self.metadata["input_size"][-2:]
         prepared = image.resize((width, height), Image.Resampling.BILINEAR) if mask else self._crop(image)

@@ -33,13 +33,19 @@ def read_image(path: str | os.PathLike[str]) -> "Image":
         FileNotFoundError: if there is no such file.
         ValueError: if it is no image.
     """
+    import numpy as np
     from PIL import Image, ImageOps
 
-    from .export.predictor import to_rgb
-
     try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            # As in the predictor beside exported files, which stands by itself: of 16 bits the upper eight count, where
+            # Pillow would cut off at 255; a PNG of 16 bits is one of 32 to older Pillow.
+            if image.mode.startswith("I"):
+                values = np.asarray(image)
+                if values.dtype.itemsize == 2 or values.max(initial=0) > 255:
+                    image = Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
+            return image.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"no such image: {path}") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow's readers raise

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -67,13 +68,16 @@ def cfg_for_data(cfg: PretrainedCfg, dataset: str) -> PretrainedCfg:
     )
 
 
-def retrained_cfg(cfg: PretrainedCfg, dataset: str, image_size: int = 0) -> PretrainedCfg:
+def retrained_cfg(
+    cfg: PretrainedCfg, dataset: str, image_size: int = 0, model_args: Mapping[str, Any] | None = None
+) -> PretrainedCfg:
     """The configuration of a model that was trained on a data set, whatever weights it had before.
 
     Args:
         cfg: what the architecture alone decides, or a model's configuration.
         dataset: name of the data set in `poolskip_zoo.data`.
         image_size: pixels that its images were resized to; 0 for the data set's own.
+        model_args: keywords that the model was made with.
 
     Returns:
         A copy without what it says of other weights: where they are, what they are of, how they are measured best.
@@ -82,10 +86,13 @@ def retrained_cfg(cfg: PretrainedCfg, dataset: str, image_size: int = 0) -> Pret
     of_data = cfg_for_data(cfg, dataset)
     if image_size:
         of_data = dataclasses.replace(of_data, input_size=(3, image_size, image_size))
+    pool_size = None  # the final map's; another stem changes it
+    if cfg.pool_size and "stem_stride" not in (model_args or {}):
+        sizes = zip(of_data.input_size[1:], cfg.pool_size, cfg.input_size[1:], strict=True)
+        pool_size = tuple(math.ceil(side * pooled / own) for side, pooled, own in sizes)
     return dataclasses.replace(
         of_data,
-        # The final map's size is that of the architecture's own input.
-        pool_size=cfg.pool_size if of_data.input_size == cfg.input_size else None,
+        pool_size=pool_size,
         crop_mode="center",
         custom_load=False,
         **nothing,
@@ -163,7 +170,7 @@ class Checkpoint:
             A copy with the data's and the checkpoint's own entries.
         """
         return dataclasses.replace(
-            retrained_cfg(cfg, self.dataset),
+            retrained_cfg(cfg, self.dataset, model_args=self.model_args),
             hf_hub_id=self.hub_id,
             # Named, so that an unreachable Hub is asked once and not again for a pickle.
             hf_hub_filename="model.safetensors",

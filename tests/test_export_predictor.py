@@ -57,6 +57,8 @@ def pictures(tmp_path_factory):
         image.resize(size).save(files[-1])
     files.append(folder / "palette.png")
     image.convert("P").save(files[-1])
+    files.append(folder / "16 bits.png")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(files[-1])
     return files
 
 

@@ -17,7 +17,7 @@ from poolskip_zoo import registry
 from poolskip_zoo.layers import pool_skip_modules
 from poolskip_zoo.models.mixin import PoolSkipModel
 from poolskip_zoo.registry.catalogue import base_name, registered_models, warm_starts
-from poolskip_zoo.registry.checkpoint import SUFFIX, Checkpoint, cfg_for_data, find, pool_skip_cfgs
+from poolskip_zoo.registry.checkpoint import SUFFIX, Checkpoint, cfg_for_data, find, pool_skip_cfgs, retrained_cfg
 
 NAMES = registered_models(test=True)
 VARIANTS = [name for name in NAMES if name.endswith(SUFFIX)]
@@ -203,6 +203,18 @@ def test_configuration_for_a_data_set_keeps_what_the_architecture_decides():
     changed = cfg_for_data(cfg, "cifar10_jpeg")
     assert dataclasses.replace(cfg, input_size=(3, 32, 32)).input_size == changed.input_size
     assert (changed.first_conv, changed.classifier) == (cfg.first_conv, cfg.classifier)
+
+
+@pytest.mark.parametrize(
+    ("size", "model_args", "pool_size"), [(0, {}, (2, 2)), (96, {}, (3, 3)), (96, {"stem_stride": 2}, None)]
+)
+def test_configuration_of_a_retrained_model_has_the_size_of_its_last_map(size, model_args, pool_size):
+    cfg = get_arch_pretrained_cfgs("resnet18_poolskip")["resnet18_poolskip.a1_in1k"]
+    changed = retrained_cfg(cfg, "tiny_imagenet_jpeg", size, model_args)
+    assert (changed.input_size, changed.pool_size) == ((3, size or 64, size or 64), pool_size)
+    if pool_size:
+        features = timm.create_model("resnet18_poolskip").forward_features(torch.zeros(1, *changed.input_size))
+        assert features.shape[2:] == pool_size
 
 
 def test_unknown_names_and_keywords_are_refused():

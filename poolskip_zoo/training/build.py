@@ -119,7 +119,7 @@ def create_classifier(name: str, dataset: str, model_args: Mapping[str, Any], im
         raise ValueError(
             f"{name} does not take model_args={dict(model_args)}: {type(error).__name__} {error}"
         ) from error
-    cfg = retrained_cfg(PretrainedCfg(**model.pretrained_cfg), dataset, image_size)
+    cfg = retrained_cfg(PretrainedCfg(**model.pretrained_cfg), dataset, image_size, model_args)
     model.pretrained_cfg = model.default_cfg = cfg.to_dict()
     return model
 
