@@ -133,11 +133,12 @@ def assert_equal_runs(one: Path, two: Path) -> None:
 
 
 KILLED = """
-import json, os, sys
+import json, os, signal, sys
 import torch
 from timm.utils import ModelEmaV3
 from poolskip_zoo.training import make_recipe, train
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
 torch.set_num_threads(1)
 updates, update = 0, ModelEmaV3.update
 

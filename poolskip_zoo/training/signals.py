@@ -45,5 +45,5 @@ def hold_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for each, handler in former.items():
             signal.signal(each, handler)
-        for number in sorted(kept):  # SIGINT is the smaller one: by default the process ends by the other
+        for number in sorted(kept, reverse=True):  # SIGTERM first: Ctrl-C raises, and nothing would follow it
             signal.raise_signal(number)
