@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as fx_config
 
 from ..contexts import kept
-from .inputs import capture_open, check_arguments, shapes_of
+from .inputs import capture_open, check_arguments, shapes_of, unguarded
 from .lower import as_args, blocks_of, lower_unpooling
 from .targets import check_output
 from .verify import KEY, check_outputs, described, in_torch, judge, write_report
 
 __all__ = ["to_exported_program"]
+
+# torch 2.6 has no option by which the file's own checks of sizes take maps of a single cell.
+_TAKES_SINGLE_CELLS = {"backed_size_oblivious": True} if hasattr(fx_config, "backed_size_oblivious") else {}
 
 
 def to_exported_program(
@@ -29,7 +33,7 @@ def to_exported_program(
 ) -> dict[str, Any]:
     """Write a model as a program of torch.export with its unpoolings lowered, and check it at several sizes.
 
-    torch.export's own checks in the file refuse open sizes at which some map shrinks to a single cell.
+    With torch 2.6 its own checks in the file refuse open sizes at which some map shrinks to a single cell.
 
     Args:
         model: a module in evaluation mode, on the CPU.
@@ -49,8 +53,8 @@ def to_exported_program(
     path, args = check_output(path, ".pt2"), as_args(example)
     check_arguments(model, args, dynamic)
     inputs, captured = capture_open(model, args, dynamic)
-    lowered = lower_unpooling(captured, lowering=lowering)
-    with torch.no_grad():
+    lowered = unguarded(lower_unpooling(captured, lowering=lowering))
+    with torch.no_grad(), fx_config.patch(_TAKES_SINGLE_CELLS):
         program = torch.export.export(lowered, inputs[0], dynamic_shapes=shapes_of(inputs[0], dynamic), strict=False)
     blocks = [block.to_dict() for block in blocks_of(lowered)]
     facts = described("pt2", blocks, dynamic=list(dynamic)) | dict(metadata or {})
@@ -59,9 +63,8 @@ def to_exported_program(
         buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
         torch.export.save(program, buffer, extra_files={KEY: json.dumps(facts)})
         temporary.write_bytes(buffer.getbuffer())
-        if any(name != "batch" for name in dynamic):
-            # The checks of sizes in the file refuse maps of a single cell, as small inputs may lead to.
-            del inputs[2:4]
+        if not _TAKES_SINGLE_CELLS and any(name != "batch" for name in dynamic):
+            del inputs[2:4]  # the small ones
         report["outputs"] = check_outputs(in_torch(torch.export.load(temporary).module()), model, inputs, False)
         judge(report["outputs"], path)
         report.pop("class_names", None)

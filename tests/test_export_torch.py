@@ -74,6 +74,20 @@ def test_loads_without_this_package(written, tmp_path):
             torch.testing.assert_close(got, model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["test_resnet_poolskip", "test_vgg_poolskip"])
+def test_programs_take_maps_of_one_cell_and_both_sides_of_a_branch(name, tmp_path):
+    """At 32 pixels the last map is one cell; below 224 VGG pools up to 7×7, above not."""
+    any_size = hasattr(torch.fx.experimental._config, "backed_size_oblivious")
+    if name == "test_vgg_poolskip" and not any_size:
+        pytest.skip("torch 2.6 fixes the sizes of VGG's pooling")
+    model = enliven(timm.create_model(name)).eval()
+    to_exported_program(model, torch.randn(1, 3, 64, 64), tmp_path / "net.pt2", dynamic=OPEN)
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    for size in [(240, 321), (32, 32), (64, 33)] if any_size else [(240, 321)]:
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(program(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
 class Dictionary(SegNet):
     def forward(self, x):
         y = super().forward(x)

@@ -300,9 +300,33 @@ def test_script_refuses_wrong_ranks(dims):
 def test_export_with_dynamic_sizes(dims, dim):
     module = Operator(dims)
     dynamic = {axis: getattr(torch.export.Dim, dim) for axis in range(dims + 2) if axis != 1}
-    program = torch.export.export(module, (torch.randn(2, 2, *[13] * dims),), dynamic_shapes=(dynamic,)).module()
+    exported = torch.export.export(module, (torch.randn(2, 2, *[13] * dims),), dynamic_shapes=(dynamic,))
+    program = exported.module()
     for x in other_sizes(dims):
         assert torch.equal(program(x), module(x))
+    # Inductor decides by the example, without a guard, whether partial windows are pooled.
+    pools = [node for node in exported.graph.nodes if "max_pool" in str(node.target)]
+    assert len(pools) == 2
+    assert not any(node.args[5:] for node in pools)
+
+
+def test_export_of_fixed_sizes_copies_no_edges():
+    for size in (12, 13):
+        exported = torch.export.export(Operator(2), (torch.randn(2, 2, size, size),), strict=False)
+        assert "cat" not in str(exported.graph)
+
+
+@pytest.mark.slow
+@every_rank
+def test_aot_inductor_whatever_the_example(dims, tmp_path):
+    dynamic = {axis: torch.export.Dim.AUTO for axis in range(dims + 2) if axis != 1}
+    for size in (12, 13):
+        example = (torch.randn(2, 2, *[size] * dims),)
+        program = torch.export.export(Operator(dims), example, dynamic_shapes=(dynamic,))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / f"{size}.pt2"))
+        package = torch._inductor.aoti_load_package(path)
+        for x in other_sizes(dims):
+            assert torch.equal(package(x), Operator(dims)(x))
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,18 @@ def test_vit_takes_any_size():
         assert sizes(encoder(images(height, width))) == expected
 
 
+def test_a_program_of_a_vit_pools_alike_whatever_the_example():
+    """For AOTInductor, which pools partial windows or not, as the example has them."""
+    encoder, auto = get_encoder("test_vit_poolskip").eval(), torch.export.Dim.AUTO
+    shapes = ({0: auto, 2: auto, 3: auto},)
+    program = torch.export.export(encoder, (images(160, 224, batch=2),), dynamic_shapes=shapes, strict=False)
+    pools = [node for node in program.graph.nodes if "max_pool" in str(node.target)]
+    assert len(pools) > 1
+    assert not any(node.args[5:] for node in pools)
+    x = images(144, 112, batch=3)
+    assert_same(program.module()(x), encoder(x))
+
+
 def test_a_family_without_a_map_at_half_size():
     """As smp's own adapter for timm has it: a map of no channels."""
     torch.manual_seed(0)

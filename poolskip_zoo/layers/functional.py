@@ -283,6 +283,8 @@ def largest_exact_key(dtype: torch.dtype) -> int:
 
 
 def pool(x: Tensor, window: list[int], ceil_mode: bool) -> Tensor:
+    if ceil_mode and not torch.jit.is_scripting() and _leaves_partial_windows_open(x, window):
+        x, ceil_mode = _repeat_edges(x, window), False
     if len(window) == 1:
         # torch.export freezes the length in max_pool1d.
         window = [1, window[0]]
@@ -290,6 +292,30 @@ def pool(x: Tensor, window: list[int], ceil_mode: bool) -> Tensor:
     if len(window) == 2:
         return F.max_pool2d(x, window, window, ceil_mode=ceil_mode)
     return F.max_pool3d(x, window, window, ceil_mode=ceil_mode)
+
+
+@torch.jit.unused
+def _leaves_partial_windows_open(x: Tensor, window: list[int]) -> bool:
+    """Whether a program of torch.export is to hold at sizes that the window divides and at others.
+
+    For AOTInductor: at open sizes it pools partial windows or not, as the example has them (torch 2.15).
+    """
+    if torch.jit.is_tracing() or not is_graph_capture() or torch.onnx.is_in_onnx_export():
+        return False
+    # Dynamo (strict export) takes symbolic sizes for int: it would guard the remainder.
+    sizes = zip(x.shape[2:], window, strict=True)
+    return torch.compiler.is_dynamo_compiling() or any(not isinstance(size, int) for size, _ in sizes)
+
+
+@torch.jit.unused
+def _repeat_edges(x: Tensor, window: list[int]) -> Tensor:
+    """Repeat the last row and column e-1 times: partial windows become whole ones of the same maximum.
+
+    Quantised graphs keep the range of `x`, which -inf or zeros beyond the edge would not.
+    """
+    for axis, e in enumerate(window, 2):
+        x = torch.cat([x] + [x.narrow(axis, x.shape[axis] - 1, 1)] * (e - 1), axis)
+    return x
 
 
 def upsample(z: Tensor, window: list[int], size: list[int], fill: float = 0.0) -> Tensor:

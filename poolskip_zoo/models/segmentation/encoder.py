@@ -10,6 +10,8 @@ from timm.layers import Format, LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...layers.functional import pool
+
 __all__ = ["ConvEncoder", "TimmEncoder", "TokenEncoder", "build_encoder"]
 
 
@@ -129,9 +131,16 @@ def _resample(channels: int, patch: int, stride: int) -> nn.Sequential:
         layers.append(nn.ConvTranspose2d(channels, channels // 2, 2, stride=2))
         channels, patch = channels // 2, patch // 2
     while patch < stride:
-        layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        layers.append(_Halved())
         patch *= 2
     return nn.Sequential(*layers)
+
+
+class _Halved(nn.Module):
+    """Max pooling of 2×2 windows, partial ones too, in the form that AOTInductor compiles rightly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pool(x, [2, 2], True)
 
 
 def build_encoder(
