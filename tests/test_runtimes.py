@@ -17,7 +17,7 @@ import timm
 import torch
 from export_nets import PairNet, SegNet
 
-from poolskip_zoo import cli, export
+from poolskip_zoo import PoolSkip2d, cli, export
 from poolskip_zoo.export import verify
 from poolskip_zoo.export.converted import check_forms, lower_for, of_maps
 
@@ -309,3 +309,25 @@ def test_web(browser, lowering):
         return lambda arrays: page.run([file.name], arrays)[0][0]
 
     assert check_forms(report["blocks"], [(shape, shape) for shape in ([1, 4, 33, 50], [1, 6, 16, 25])], build) == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [2, 4])
+def test_nncf_keeps_the_masks_that_it_is_told_to_leave(tmp_path, window):
+    """With its defaults it rounds one side of the masks' comparison."""
+    nncf, openvino = pytest.importorskip("nncf"), pytest.importorskip("openvino")
+    before = torch.nn.Conv2d(4, 4, 1, bias=False)
+    torch.nn.init.dirac_(before.weight)
+    model = torch.nn.Sequential(before, PoolSkip2d(4, pool_size=window)).eval()
+    images = torch.randn(32, 4, 13, 12)
+    export.to_openvino(model, images[:1], tmp_path / "net.xml", dynamic=())
+
+    def error(**options):
+        batches = nncf.Dataset([image.numpy() for image in images.split(1)])
+        net = nncf.quantize(openvino.Core().read_model(tmp_path / "net.xml"), batches, **options)
+        run = openvino.compile_model(net, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        expected = model(images[:1]).detach()
+        return (torch.from_numpy(run(images[:1].numpy())[0]) - expected).abs().mean() / expected.abs().mean()
+
+    assert error(ignored_scope=nncf.IgnoredScope(types=["Equal", "Interpolate"])) < 0.03
+    assert error() > 0.1, "NNCF needs no scope any more: say so in docs/insertion.md"

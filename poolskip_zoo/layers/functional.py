@@ -314,7 +314,8 @@ def _repeat_edges(x: Tensor, window: list[int]) -> Tensor:
     Quantised graphs keep the range of `x`, which -inf or zeros beyond the edge would not.
     """
     for axis, e in enumerate(window, 2):
-        x = torch.cat([x] + [x.narrow(axis, x.shape[axis] - 1, 1)] * (e - 1), axis)
+        # narrow would compute where the last one is, and coremltools makes that a float.
+        x = torch.cat([x] + [torch.ops.aten.slice(x, axis, -1)] * (e - 1), axis)
     return x
 
 
