@@ -330,4 +330,4 @@ def test_nncf_keeps_the_masks_that_it_is_told_to_leave(tmp_path, window):
         return (torch.from_numpy(run(images[:1].numpy())[0]) - expected).abs().mean() / expected.abs().mean()
 
     assert error(ignored_scope=nncf.IgnoredScope(types=["Equal", "Interpolate"])) < 0.03
-    assert error() > 0.1, "NNCF needs no scope any more: say so in docs/insertion.md"
+    assert error() > 0.1, "NNCF needs no scope any more: say so in docs/export.md"

@@ -73,6 +73,9 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{option} {' '.join(map(str, numbers))} must be at least 1")
     suffix = (args.output or Path()).suffix
     by_suffix = next((key for key, (suffixes, *_) in _FORMATS.items() if suffix in suffixes), None)
+    if args.output and not by_suffix and not args.format:
+        known_suffixes = ", ".join(each for suffixes, *_ in _FORMATS.values() for each in suffixes)
+        raise ValueError(f"--output {args.output}: expected a name that ends in one of {known_suffixes}")
     own = args.target if args.target in ("coreml", "litert", "executorch") else None
     kind = args.format or by_suffix or own or "onnx"
     suffixes, writer, known = _FORMATS[kind]
