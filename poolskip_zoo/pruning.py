@@ -42,7 +42,7 @@ def prune_inert(
 
     A residual channel goes only if the filters of all its branches are inert or dead, and one with Pool Skip only if
     that adds nothing to it and carries nothing of it to other channels. Behind a dead filter nothing changes on the
-    images given. An inert one may have added a constant, its norm's shift, which is lost: measure the accuracy anew.
+    images given; one whose channel something else than its ReLU reads stays. An inert one may have added a constant, its norm's shift, which is lost: measure the accuracy anew.
 
     Args:
         model: any model of convolutions; it is not changed.
@@ -78,8 +78,9 @@ def prune_inert(
         idle = _idle(model, found)
         with _spread(model), torch.enable_grad():
             graph = DependencyGraph()
-            # The input asks for a gradient, so that frozen models are traced as well.
-            traced = example.detach().clone().requires_grad_(True)
+            # The input asks for a gradient, so that frozen models are traced as well; torch-pruning stumbles over that
+            # at a batch of 1.
+            traced = torch.cat([example.detach()] * 2).requires_grad_(True)
             graph.build_dependency(model, traced, verbose=False)
             if not _prune_round(graph, idle):
                 break
@@ -100,7 +101,9 @@ def _idle(model: nn.Module, found: list[LayerDiagnosis]) -> dict[nn.Module, set[
     idle: dict[nn.Module, set[int]] = {}
     for layer in found:
         module: Any = model.get_submodule(layer.name)
-        idle[module] = {*layer.inert, *(layer.dead or ())}
+        # What something else than the ReLU reads need not be zero there.
+        dead = () if layer.read_elsewhere else layer.dead or ()
+        idle[module] = {*layer.inert, *dead}
         skip = getattr(module, "pool_skip", None)
         if skip is not None and skip.conv.groups == 1:
             # Pool Skip reads the channel there and carries it to others.

@@ -134,6 +134,20 @@ def test_ten_planted_dead_filters_of_ten():
     assert sum(map(len, found.values())) == 10
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d, None])
+def test_a_small_filter_that_its_norm_makes_up_for_is_not_inert(norm):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), *([norm(8, affine=True)] if norm else []), nn.ReLU())
+    with torch.no_grad():
+        net[0].weight *= 10
+        net[0].weight[1] *= 0.005
+        net[0].weight[2] = 0
+        for _ in range(300):
+            net(torch.randn(8, 3, 16, 16))
+    (layer,) = diagnose(net, [torch.randn(8, 3, 16, 16)]).layers
+    assert layer.inert == ([2] if norm else [1, 2])
+    assert 0.4 < layer.zero_share[1] < 0.6
+
+
 def test_pool_skip_is_told_from_the_base():
     model = timm.create_model("test_resnet_cifar_poolskip")
     twin = by_name(diagnose(timm.create_model("test_resnet_cifar")))
@@ -263,6 +277,19 @@ def test_zeros_are_counted_behind_pool_skip():
     assert (added.kind, added.dead) == ("pool_skip", [1])
 
 
+@pytest.mark.parametrize("between", [nn.Dropout2d(), nn.FeatureAlphaDropout(), nn.LocalResponseNorm(2)])
+def test_the_way_to_the_relu(between):
+    (layer,) = diagnose(nn.Sequential(nn.Conv2d(3, 4, 3), between, nn.ReLU()), [torch.randn(2, 3, 8, 8)]).layers
+    assert layer.dead is not None
+    assert layer.read_elsewhere is False
+
+
+def test_parametrised_weights_have_no_gradient():
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 8)), nn.ReLU(), nn.Flatten())
+    (layer,) = diagnose(net, [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))]).layers
+    assert layer.gradient is None
+
+
 def test_gradient_is_that_of_the_mean_loss():
     model = timm.create_model("test_resnet_cifar_poolskip")
     for module in model.modules():
@@ -324,6 +351,12 @@ def test_mistakes_are_named():
         diagnose(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="0 is on the meta device"):
         diagnose(nn.Sequential(nn.Conv2d(3, 4, 1, device="meta")))
+    with pytest.raises(ValueError, match="ReLU behind 0 is not finite"):
+        diagnose(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), [images * math.nan])
+    norm = nn.BatchNorm2d(4)
+    nn.init.constant_(norm.weight[1:2], math.nan)
+    with pytest.raises(ValueError, match="1 has a scale that is not finite"):
+        diagnose(nn.Sequential(nn.Conv2d(3, 4, 1), norm))
     nn.init.constant_(model[0].weight, math.inf)
     with pytest.raises(ValueError, match="0 has weights that are not finite"):
         diagnose(model)

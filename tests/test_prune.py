@@ -175,3 +175,35 @@ def test_what_is_left_exports_to_onnx(tmp_path: Path) -> None:
     report = to_onnx(pruned, X[:1], tmp_path / "net.onnx")
     assert report["outputs"]["agreement"] == 1
     assert len(report["blocks"]) == 6
+
+
+class TwoReaders(nn.Module):
+    """A channel that its ReLU silences has another reader in front of it."""
+
+    def __init__(self, other: Any) -> None:
+        super().__init__()
+        self.conv, self.bn, self.other = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), other
+        self.last = nn.Conv2d(8, 5, 1)
+        nn.init.constant_(self.bn.bias[3:4], -100)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn(self.conv(x))
+        return self.last(y.relu()) + self.other(y)
+
+
+@pytest.mark.parametrize("other", [nn.Conv2d(8, 5, 1), lambda y: y.mean(1, keepdim=True), lambda y: y.chunk(8, 1)[3]])
+def test_a_dead_channel_that_something_else_reads_stays(other: Any) -> None:
+    model = TwoReaders(other).eval()
+    pruned, what = prune_inert(model, X[:1], [X])
+    assert what.removed == {}
+    assert torch.equal(pruned(X), model(X))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_nets_of_convolutions_alone(batch: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    nn.init.zeros_(model[0].weight[1:2])
+    nn.init.constant_(model[0].bias[1:2], -1)
+    pruned, what = prune_inert(model, X[:batch])
+    assert what.removed == {"0": 1}
+    torch.testing.assert_close(pruned(X), model(X))

@@ -1,6 +1,6 @@
 """What a model's convolutions do on images: zeros behind the ReLU, and gradients of the loss."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..contexts import evaluating
@@ -19,7 +20,9 @@ Batches = Iterable[Tensor | tuple[Tensor, Tensor]]
 Loss = Callable[[Any, Tensor], Tensor]
 
 # Functions, without underscores, that leave a channel what it was: the way from a convolution to its ReLU.
-_PASSED = {"batch_norm", "group_norm", "instance_norm", "layer_norm", "dropout", "contiguous", "float", "to"}
+_PASSED = {"batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm", "local_response_norm"}
+_PASSED |= {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
+_PASSED |= {"contiguous", "float", "to"}
 _PASSED |= {f"{prefix}{name}" for prefix in ("", "i", "r") for name in ("add", "mul")}
 
 
@@ -31,11 +34,13 @@ class Activity:
         images: number of images.
         zero_share: by name of convolution, the share of zeros behind its ReLU for each channel; without convolutions
             that no ReLU follows.
+        read_elsewhere: names of convolutions whose channels something else than their ReLU read on the way.
         gradient: by name of convolution, the norm of the mean loss's gradient for each filter; empty without labels.
     """
 
     images: int = 0
     zero_share: Mapping[str, list[float]] = field(default_factory=dict)
+    read_elsewhere: Set[str] = frozenset()
     gradient: Mapping[str, list[float]] = field(default_factory=dict)
 
 
@@ -70,7 +75,7 @@ def observe(model: nn.Module, convolutions: Mapping[str, Any], batches: Batches,
         raise ValueError("there are no images to diagnose with")
     if labelled not in (0, images):
         raise ValueError(f"{labelled} of {images} images have labels: give all of them labels, or none")
-    return Activity(images, watch.shares(), _by_filter(sums, convolutions, images))
+    return Activity(images, watch.shares(), watch.read_elsewhere, _by_filter(sums, convolutions, images))
 
 
 class _ReluWatch(TorchFunctionMode):
@@ -82,6 +87,7 @@ class _ReluWatch(TorchFunctionMode):
         self.waiting: set[str] = set()
         self.zeros: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
+        self.read_elsewhere: set[str] = set()
 
     @contextmanager
     def hooks(self, convolutions: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -107,25 +113,37 @@ class _ReluWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not isinstance(result, Tensor):
-            return result
+        if not any(isinstance(each, Tensor) for each in tree_leaves(result)):
+            return result  # a size or the like
         name = getattr(func, "__name__", "").strip("_")
-        inputs = [each for each in args if isinstance(each, Tensor) and each in self.sources]
-        names = frozenset().union(*(self.sources[each] for each in inputs if each.shape == result.shape))
-        # A changed tensor is another one, also where it was changed in place.
-        self.sources.pop(result, None)
-        if name in ("relu", "relu6") or (name == "hardtanh" and _floor(args, kwargs) == 0):
-            self._count(names & self.waiting, result)
-        elif names and name in _PASSED:
-            self.sources[result] = names
+        rectifies = name in ("relu", "relu6") or (name == "hardtanh" and _floor(args, kwargs) == 0)
+        read = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor) and each in self.sources]
+        names = _union(self.sources[each] for each in read)
+        passed: frozenset[str] = frozenset()
+        if isinstance(result, Tensor):
+            if rectifies or name in _PASSED:
+                passed = _union(self.sources[each] for each in read if each.shape == result.shape)
+            # A changed tensor is another one, also where it was changed in place.
+            self.sources.pop(result, None)
+        self.read_elsewhere |= names - passed
+        if rectifies:
+            self._count(passed & self.waiting, result)
+        elif passed:
+            self.sources[result] = passed
         return result
 
     def _count(self, names: frozenset[str], result: Tensor) -> None:
+        if names and not result.isfinite().all():
+            raise ValueError(f"what reaches the ReLU behind {min(names)} is not finite")
         for name in names:
             zeros = (result == 0).transpose(0, 1).flatten(1)
             self.zeros[name] = self.zeros.get(name, 0) + zeros.sum(1)
             self.counts[name] = self.counts.get(name, 0) + zeros.shape[1]
         self.waiting -= names
+
+
+def _union(sets: Iterable[frozenset[str]]) -> frozenset[str]:
+    return frozenset().union(*sets)
 
 
 def _floor(args: Any, kwargs: Any) -> Any:
@@ -140,6 +158,8 @@ def _add_gradients(
     x, labels, loss = batch
     # Weights that a parametrisation computes anew at each call have no gradient of their own.
     weights = {name: each.weight for name, each in convolutions.items() if isinstance(each.weight, nn.Parameter)}
+    if not weights:
+        return
     frozen = [weight for weight in weights.values() if not weight.requires_grad]
     try:
         for weight in frozen:

@@ -20,6 +20,8 @@ __all__ = ["KINDS", "Diagnosis", "LayerDiagnosis", "diagnose"]
 
 # Convolutions of the model itself, and those inside Pool Skip layers.
 KINDS = ("base", "pool_skip")
+# Parts of the names of norms and convolutions that give each filter by itself another size when they run.
+_RESCALING = ("InstanceNorm", "StdConv")
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,13 @@ class LayerDiagnosis:
         filters: number of filters, one for each output channel.
         l2_l1: norm of all weights over the sum of their sizes.
         norm: name of the norm that directly follows and has one scale a channel.
-        small_weights: indices of the filters of small norm.
+        small_weights: indices of the filters of small norm that no norm makes up for.
         small_scale: indices of the filters that the norm scales to almost nothing.
         sparsity: share of 3×3 kernels of small weights.
         variance_entropy: of 3×3 kernels, 0 to log₁₀ 9.
         orthogonality: of filters of 3×3 kernels, 0 to 1.
         zero_share: share of zeros behind the ReLU, by channel.
+        read_elsewhere: whether something else than that ReLU read the channels on their way to it.
         gradient: norm of the gradient, by filter.
     """
 
@@ -60,6 +63,7 @@ class LayerDiagnosis:
     variance_entropy: float | None
     orthogonality: float | None
     zero_share: list[float] | None
+    read_elsewhere: bool | None
     gradient: list[float] | None
 
     @property
@@ -133,7 +137,7 @@ def diagnose(model: nn.Module, batches: Batches | None = None, loss: Loss = F.cr
 
     Raises:
         ValueError: if the model holds no convolutions, weights are missing (meta device) or not finite, there are no
-            images, only some batches have labels, or a gradient is not finite.
+            images, only some batches have labels, or what reaches a ReLU or a gradient is not finite.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
@@ -198,18 +202,36 @@ def _measure(model: nn.Module, activity: Activity, name: str, kind: str, depth: 
         filters=len(filters),
         l2_l1=l2_l1(filters),
         norm=norm,
-        small_weights=small_weights(filters),
+        small_weights=_small_weights(filters, module, model.get_submodule(norm) if norm else None),
         small_scale=small_scale(model.get_submodule(norm).weight) if norm else [],  # type: ignore[arg-type]
         sparsity=sparsity(filters) if flat else None,
         variance_entropy=variance_entropy(filters) if flat else None,
         orthogonality=orthogonality(filters, module.groups) if flat else None,
         zero_share=activity.zero_share.get(name),
+        read_elsewhere=name in activity.read_elsewhere if name in activity.zero_share else None,
         gradient=activity.gradient.get(name),
     )
+
+
+def _small_weights(filters: torch.Tensor, convolution: nn.Module, norm: Any) -> list[int]:
+    """Those of small norm, but for those whose size the norm, or the convolution itself, makes up for."""
+    small = small_weights(filters)
+    variance = getattr(norm, "running_var", None)
+    if variance is not None:
+        gain = norm.weight.detach().abs() / (variance + norm.eps).sqrt()
+        still = set(small_weights(filters.flatten(1) * gain.float()[:, None]))
+        return [f for f in small if f in still]
+    names = type(convolution).__name__, type(norm).__name__
+    made_up = isinstance(norm, nn.modules.batchnorm._BatchNorm) or any(w in n for w in _RESCALING for n in names)
+    return [f for f in small if not made_up or not filters[f].any()]
 
 
 def _norm_after(model: nn.Module, name: str, channels: int) -> str | None:
     """Name of the norm that directly follows a module and has one scale for each channel."""
     path, norm = norm_after(model, name) or (None, None)
     scale = getattr(norm, "weight", None)
-    return path if isinstance(scale, torch.Tensor) and scale.shape == (channels,) else None
+    if not isinstance(scale, torch.Tensor) or scale.shape != (channels,):
+        return None
+    if not scale.isfinite().all():
+        raise ValueError(f"{path} has a scale that is not finite")
+    return path
