@@ -358,6 +358,24 @@ def test_readme_and_cards_say_the_verdict() -> None:
         assert ("nor was it put to the test" in said) == ("nor was it put to the test" in mechanism)
 
 
+def test_cards_say_what_the_later_lists_found() -> None:
+    longer, _ = verdict(recorded("study_longer"), "resnet20_cifar")
+    found = [re.findall(r"B − F = (\S+ \[\S+ \S+\])", longer)]
+    for study, net in (
+        ("study_decay", "resnet20_cifar"),
+        ("study_decay_again", "resnet20_cifar"),
+        ("study_decay_plain", "plain20_cifar"),
+    ):
+        _, mechanism = verdict(recorded(study), net)
+        found.append(
+            re.findall(r"0\.01: B − C = (\S+ \[\S+ [^]]+\])", mechanism)
+            or re.findall(r"B − C = (\S+ \[\S+ \S+\])", mechanism)
+        )
+    for path in (ROOT / "hub_cards").glob("*/README.md"):
+        said = " ".join(path.read_text(encoding="utf-8").split())
+        assert all(len(each) == 1 and each[0] in said for each in found), (path.parent.name, found)
+
+
 # --- all of it
 
 
