@@ -100,7 +100,7 @@ def _between(base: str, variant: str, score: bool) -> str:
         x, y = float(base), float(variant)
     except ValueError:
         return "–"
-    return f"**{y - x:+.2f}**" if score else f"**×{y / x:.2f}**"
+    return f"**{y - x:+.2f}**" if score else f"**×{y / x:.1f}**"  # the cells are rounded
 
 
 def replaced(text: str, tables: list[str]) -> str:
