@@ -21,10 +21,12 @@ __all__ = [
     "capture_open",
     "check_arguments",
     "first_fit",
+    "odd_inputs",
     "open_inputs",
     "random_like",
     "run_at",
     "shapes_of",
+    "taken_of",
     "unguarded",
     "with_random",
 ]
@@ -37,6 +39,9 @@ _AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")
 # captured must leave more after five halvings and a 4×4 window. Odd sizes first; models that need multiples of 32 take
 # the second. Volumes take a quarter.
 OPEN_SIZES = (((193, 161), (257, 289), (47, 33)), ((192, 160), (256, 288), (64, 96)))
+_SQUARE = (64, 64)  # even, too
+# Sizes at which a model may refuse to run, but not take another path.
+_ODD_SIZES = ((47, 33), (17, 18))
 
 
 def axes_of(value: Tensor) -> dict[int, str]:
@@ -170,14 +175,29 @@ def open_inputs(args: tuple[Any, ...], dynamic: Sequence[str]) -> Iterator[list[
     Yields:
         One list where no spatial axis is open; else one of odd sizes, then one of multiples of 32.
     """
-    batches = (2, 1, 3) if "batch" in dynamic else (0, 0, 0)
+    batches = (2, 1, 3, 1) if "batch" in dynamic else (0,) * 4
     if any(name != "batch" for name in dynamic):
         for sizes in OPEN_SIZES:
-            yield [*(_resized(args, dynamic, *each) for each in zip(batches, sizes, strict=True)), args]
+            yield [*(_resized(args, dynamic, *each) for each in zip(batches, (*sizes, _SQUARE), strict=True)), args]
     elif dynamic:
-        yield [*(_resized(args, dynamic, batch, None) for batch in batches), args]
+        yield [*(_resized(args, dynamic, batch, None) for batch in batches[:3]), args]
     else:
         yield with_random(args)
+
+
+def odd_inputs(args: tuple[Any, ...], dynamic: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Arguments of sizes that a model need not take.
+
+    Args:
+        args: a model's arguments.
+        dynamic: names of the open axes.
+
+    Returns:
+        Some small ones; none where no spatial axis is open.
+    """
+    if all(name == "batch" for name in dynamic):
+        return []
+    return [_resized(args, dynamic, 1 if "batch" in dynamic else 0, sizes) for sizes in _ODD_SIZES]
 
 
 def _resized(args: tuple[Any, ...], dynamic: Sequence[str], batch: int, sizes: Sequence[int] | None) -> tuple[Any, ...]:
@@ -210,7 +230,8 @@ def capture_open(
     Raises:
         ValueError: if the model cannot have these axes.
     """
-    return _first_captured(model, open_inputs(args, dynamic), dynamic, lambda each: shapes_of(each, dynamic), "")
+    odd = odd_inputs(args, dynamic)
+    return _first_captured(model, open_inputs(args, dynamic), dynamic, lambda each: shapes_of(each, dynamic), "", odd)
 
 
 def capture_bounded(
@@ -325,6 +346,7 @@ def _first_captured(
     dynamic: Sequence[str],
     shapes: Callable[[tuple[Any, ...]], Any],
     way_out: str,
+    odd: Sequence[tuple[Any, ...]] = (),
 ) -> tuple[list[tuple[Any, ...]], ExportedProgram]:
     """The first list of arguments at all of which the model is one function, and its capture."""
 
@@ -332,7 +354,7 @@ def _first_captured(
         run_at(model, inputs)
         program = capture(model, inputs[0], shapes(inputs[0]))
         inputs = [*inputs, *_apart(program, inputs, dynamic)]
-        _check_branches(program, model, inputs[1:])
+        _check_branches(program, model, [*inputs[1:], *taken_of(model, odd)])
         return inputs, program
 
     check_mode(model)
@@ -375,6 +397,24 @@ def unguarded(module: nn.Module) -> GraphModule:
     module.recompile()
     module._forward_pre_hooks.clear()
     return module
+
+
+def taken_of(model: nn.Module, choices: Sequence[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """Those arguments at which a model runs.
+
+    Args:
+        model: a module in evaluation mode.
+        choices: several of its arguments.
+
+    Yields:
+        Some of them.
+    """
+    for args in choices:
+        try:
+            run_at(model, [args])
+        except RuntimeError:
+            continue
+        yield args
 
 
 def _check_branches(program: ExportedProgram, model: nn.Module, inputs: list[tuple[Any, ...]]) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 
 from ..contexts import kept
-from .inputs import capture_open, check_arguments, shapes_of, unguarded
+from .inputs import capture_open, check_arguments, shapes_of
 from .lower import as_args, blocks_of, lower_unpooling
 from .targets import check_output
 from .verify import KEY, check_outputs, described, in_torch, judge, write_report
 
 __all__ = ["to_exported_program"]
 
-# torch 2.6 has no option by which the file's own checks of sizes take maps of a single cell.
-_TAKES_SINGLE_CELLS = {"backed_size_oblivious": True} if hasattr(fx_config, "backed_size_oblivious") else {}
+# Options of torch to capture by, in the order to try: with the first the file's own checks of sizes take maps of a
+# single cell. torch 2.6 does not have it, and some models then cannot take a batch of 1.
+_CAPTURES: list[dict[str, bool]] = [{}]
+if hasattr(fx_config, "backed_size_oblivious"):
+    _CAPTURES.insert(0, {"backed_size_oblivious": True})
 
 
 def to_exported_program(
@@ -33,7 +37,8 @@ def to_exported_program(
 ) -> dict[str, Any]:
     """Write a model as a program of torch.export with its unpoolings lowered, and check it at several sizes.
 
-    With torch 2.6 its own checks in the file refuse open sizes at which some map shrinks to a single cell.
+    torch's own checks in the file refuse open sizes at which the model may take another path; with torch 2.6, and of
+    some models with newer ones, also those at which some map shrinks to a single cell.
 
     Args:
         model: a module in evaluation mode, on the CPU.
@@ -52,20 +57,43 @@ def to_exported_program(
     """
     path, args = check_output(path, ".pt2"), as_args(example)
     check_arguments(model, args, dynamic)
-    inputs, captured = capture_open(model, args, dynamic)
-    lowered = unguarded(lower_unpooling(captured, lowering=lowering))
-    with torch.no_grad(), fx_config.patch(_TAKES_SINGLE_CELLS):
+    *others, last = _CAPTURES
+    for options in others:
+        with suppress(RuntimeError, ValueError):
+            return _write(model, args, path, dynamic, lowering, metadata or {}, options)
+    return _write(model, args, path, dynamic, lowering, metadata or {}, last)
+
+
+def _write(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    path: Path,
+    dynamic: Sequence[str],
+    lowering: str | None,
+    metadata: Mapping[str, Any],
+    options: dict[str, bool],
+) -> dict[str, Any]:
+    """Capture with torch's options, lower, write and check."""
+    with torch.no_grad(), fx_config.patch(options):
+        inputs, captured = capture_open(model, args, dynamic)
+        lowered = lower_unpooling(captured, lowering=lowering)
         program = torch.export.export(lowered, inputs[0], dynamic_shapes=shapes_of(inputs[0], dynamic), strict=False)
     blocks = [block.to_dict() for block in blocks_of(lowered)]
-    facts = described("pt2", blocks, dynamic=list(dynamic)) | dict(metadata or {})
+    facts = described("pt2", blocks, dynamic=list(dynamic)) | dict(metadata)
     report = {"file": path.name, **facts, "checked_in": "PyTorch CPU", "blocks": blocks}
     with kept(path) as temporary:
         buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
         torch.export.save(program, buffer, extra_files={KEY: json.dumps(facts)})
         temporary.write_bytes(buffer.getbuffer())
-        if not _TAKES_SINGLE_CELLS and any(name != "batch" for name in dynamic):
-            del inputs[2:4]  # the small ones
-        report["outputs"] = check_outputs(in_torch(torch.export.load(temporary).module()), model, inputs, False)
+        if not options and any(name != "batch" for name in dynamic):
+            del inputs[2:5]  # the small ones
+        try:
+            report["outputs"] = check_outputs(in_torch(torch.export.load(temporary).module()), model, inputs, False)
+        except RuntimeError as error:
+            if "Guard failed" not in str(error):
+                raise
+            way_out = "leave fewer axes open (dynamic=('batch',), or () for none), or take to_onnx"
+            raise RuntimeError(f"{error}; torch.export found the model to depend on that: {way_out}") from error
         judge(report["outputs"], path)
         report.pop("class_names", None)
         write_report(path, report)

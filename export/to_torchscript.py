@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contexts import kept
-from .inputs import check_arguments, first_fit, open_inputs, run_at, shapes_of, unguarded
+from .inputs import check_arguments, first_fit, odd_inputs, open_inputs, run_at, shapes_of, taken_of, unguarded
 from .lower import as_args, blocks_of, capture, lower_unpooling
 from .targets import check_mode, check_output
 from .verify import KEY, check_outputs, described, in_torch, judge, write_report
@@ -56,6 +56,7 @@ def to_torchscript(
     check_arguments(model, args, dynamic)
     with torch.no_grad():
         inputs = first_fit(open_inputs(args, dynamic), dynamic, partial(run_at, model))
+        inputs += taken_of(model, odd_inputs(args, dynamic))
         module, blocks = (torch.jit.script(model), []) if method == "script" else _trace(model, inputs[0], dynamic)
     facts = described("torchscript", blocks, method=method, dynamic=list(dynamic)) | dict(metadata or {})
     report = {"file": path.name, **facts, "checked_in": "PyTorch CPU", "blocks": blocks}

@@ -42,7 +42,8 @@ def prune_inert(
 
     A residual channel goes only if the filters of all its branches are inert or dead, and one with Pool Skip only if
     that adds nothing to it and carries nothing of it to other channels. Behind a dead filter nothing changes on the
-    images given; one whose channel something else than its ReLU reads stays. An inert one may have added a constant, its norm's shift, which is lost: measure the accuracy anew.
+    images given; one whose channel something else than its ReLU reads stays. An inert one may have added a constant,
+    its norm's shift, which is lost: measure the accuracy anew.
 
     Args:
         model: any model of convolutions; it is not changed.

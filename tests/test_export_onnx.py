@@ -124,7 +124,7 @@ def test_every_tiny_variant(tmp_path, name):
     x = torch.randn(1, *model.pretrained_cfg["input_size"])
     report = to_onnx(model, x, tmp_path / "net.onnx", dynamic=OPEN)
     assert len(report["blocks"]) == len(pool_skip_modules(model))
-    assert len({str(shape) for shape in report["outputs"]["inputs"]}) == 4
+    assert len({str(shape) for shape in report["outputs"]["inputs"]}) == 4 + (tuple(x.shape[2:]) != (64, 64))
 
 
 class Branches(PairNet):
@@ -185,7 +185,7 @@ def test_every_head(tmp_path, head, encoder):
         layer.conv.weight.data.mul_(0.02)
     report = to_onnx(model, torch.randn(2, 3, 96, 128), tmp_path / "net.onnx", dynamic=OPEN)
     assert len(report["blocks"]) == len(pool_skip_modules(model))
-    assert len({str(shape) for shape in report["outputs"]["inputs"]}) == 4
+    assert len({str(shape) for shape in report["outputs"]["inputs"]}) == 5
 
 
 # --- inputs and outputs of other kinds
@@ -227,11 +227,11 @@ def test_integers_and_truth_values_are_made_of_the_example():
     """At other sizes too; others may mean nothing to the model."""
     example = torch.randint(100, 103, (1, 3, 9, 9), dtype=torch.uint8), torch.tensor([[True, True]])
     inputs, _ = capture_open(Both().eval(), example, OPEN)
-    shapes = [[2, 3, 193, 161], [1, 3, 257, 289], [3, 3, 47, 33], [1, 3, 9, 9]]
+    shapes = [[2, 3, 193, 161], [1, 3, 257, 289], [3, 3, 47, 33], [1, 3, 64, 64], [1, 3, 9, 9]]
     assert [list(image.shape) for image, _ in inputs] == shapes
     assert inputs[-1] == example
     assert all(image.dtype == torch.uint8 and {*image.unique().tolist()} == {100, 101, 102} for image, _ in inputs)
-    assert [list(flags.shape) for _, flags in inputs] == [[2, 2], [1, 2], [3, 2], [1, 2]]
+    assert [list(flags.shape) for _, flags in inputs] == [[2, 2], [1, 2], [3, 2], [1, 2], [1, 2]]
     assert all(flags.all() for _, flags in inputs)
 
 
@@ -329,7 +329,7 @@ class Multiples(PairNet):
 def test_models_that_check_their_sizes(error, says):
     x = torch.randn(1, 4, 64, 64)
     inputs, _ = capture_open(Multiples(32, error).eval(), (x,), OPEN)
-    assert [list(each.shape[2:]) for (each,) in inputs] == [[192, 160], [256, 288], [64, 96], [64, 64]]
+    assert [list(each.shape[2:]) for (each,) in inputs] == [[192, 160], [256, 288], [64, 96], [64, 64], [64, 64]]
     with pytest.raises(ValueError, match=f"not run at every size of batch, height, width: {says}; leave fewer"):
         capture_open(Multiples(37, error).eval(), (x,), OPEN)
 

@@ -246,7 +246,7 @@ def test_command_on_a_segmentation_checkpoint(tmp_path, monkeypatch, capsys):
             [NAME, "--no-pretrained", "--output", "net.pt", "--half"],
             "--half: torchscript files take no such option but --dynamic",
         ),
-        ([NAME, "--no-pretrained", "--output", "net.engine"], "--output net.engine: expected a name that ends in one of"),
+        ([NAME, "--no-pretrained", "--output", "net.engine"], "--output net.engine: expected a name that ends in one"),
         ([NAME, "--no-pretrained", "--target", "phone"], "target='phone': expected one of onnxruntime"),
     ],
 )

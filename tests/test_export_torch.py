@@ -10,7 +10,7 @@ import torch
 from contract.common import enliven
 from export_nets import SegNet
 
-from poolskip_zoo.export import to_exported_program, to_torchscript
+from poolskip_zoo.export import to_exported_program, to_onnx, to_torchscript
 
 OPEN = ("batch", "height", "width")
 
@@ -74,18 +74,60 @@ def test_loads_without_this_package(written, tmp_path):
             torch.testing.assert_close(got, model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["test_resnet_poolskip", "test_vgg_poolskip"])
-def test_programs_take_maps_of_one_cell_and_both_sides_of_a_branch(name, tmp_path):
-    """At 32 pixels the last map is one cell; below 224 VGG pools up to 7×7, above not."""
-    any_size = hasattr(torch.fx.experimental._config, "backed_size_oblivious")
-    if name == "test_vgg_poolskip" and not any_size:
-        pytest.skip("torch 2.6 fixes the sizes of VGG's pooling")
-    model = enliven(timm.create_model(name)).eval()
+@pytest.mark.skipif(not hasattr(torch.fx.experimental._config, "backed_size_oblivious"), reason="torch 2.6 cannot")
+def test_programs_take_maps_of_one_cell(tmp_path):
+    model = enliven(timm.create_model("test_resnet_poolskip")).eval()
     to_exported_program(model, torch.randn(1, 3, 64, 64), tmp_path / "net.pt2", dynamic=OPEN)
     program = torch.export.load(tmp_path / "net.pt2").module()
-    for size in [(240, 321), (32, 32), (64, 33)] if any_size else [(240, 321)]:
-        x = torch.randn(2, 3, *size)
+    for shape in [(2, 3, 64, 33), (1, 3, 32, 32), (3, 3, 1, 1)]:
+        x = torch.randn(shape)
         torch.testing.assert_close(program(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+class Branches(torch.nn.Module):
+    def __init__(self, condition):
+        super().__init__()
+        self.condition = condition
+
+    def forward(self, x):
+        y, i = torch.nn.functional.max_pool2d(x, 2, ceil_mode=True, return_indices=True)
+        u = torch.nn.functional.max_unpool2d(y, i, 2, output_size=x.shape[2:])
+        return 2 * u if self.condition(x) else u
+
+
+def test_programs_refuse_sizes_at_which_the_model_takes_another_path(tmp_path):
+    model = Branches(lambda x: x.shape[-1] % 5 == 0).eval()
+    to_exported_program(model, torch.randn(1, 3, 48, 64), tmp_path / "net.pt2", dynamic=OPEN)
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    x = torch.randn(2, 3, 21, 34)
+    assert torch.equal(program(x), model(x))
+    with pytest.raises((AssertionError, RuntimeError)):
+        program(torch.randn(2, 3, 21, 35))
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx", "pt"])
+@pytest.mark.parametrize(
+    "condition",
+    [lambda x: x.shape[-1] == x.shape[-2], lambda x: x.shape[-1] % 2 == 0, lambda x: x.shape[-1] < 20],
+)
+def test_models_with_a_path_for_squares_or_even_or_small_sizes_are_refused(suffix, condition, tmp_path):
+    model = Branches(condition).eval()
+    write = {"pt2": to_exported_program, "onnx": to_onnx, "pt": to_torchscript}[suffix]
+    with pytest.raises((ValueError, RuntimeError), match=r"takes another path at inputs|outputs differ"):
+        write(model, torch.randn(1, 3, 48, 64), tmp_path / f"net.{suffix}", dynamic=OPEN)
+    assert not list(tmp_path.iterdir())
+
+
+class Chunks(torch.nn.Module):
+    def forward(self, x):
+        return x.chunk(2, 1)[0].flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("dynamic", [("batch",), OPEN])
+def test_programs_of_views_take_one_image(dynamic, tmp_path):
+    to_exported_program(Chunks().eval(), torch.randn(1, 4, 48, 64), tmp_path / "net.pt2", dynamic=dynamic)
+    x = torch.randn(1, 4, 48, 64)
+    assert torch.equal(torch.export.load(tmp_path / "net.pt2").module()(x), Chunks()(x))
 
 
 class Dictionary(SegNet):

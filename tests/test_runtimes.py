@@ -315,7 +315,7 @@ def test_web(browser, lowering):
 @pytest.mark.parametrize("window", [2, 4])
 def test_nncf_keeps_the_masks_that_it_is_told_to_leave(tmp_path, window):
     """With its defaults it rounds one side of the masks' comparison."""
-    nncf, openvino = pytest.importorskip("nncf"), pytest.importorskip("openvino")
+    nncf, openvino = (pytest.importorskip(package) for package in ("nncf", "openvino"))
     before = torch.nn.Conv2d(4, 4, 1, bias=False)
     torch.nn.init.dirac_(before.weight)
     model = torch.nn.Sequential(before, PoolSkip2d(4, pool_size=window)).eval()
