@@ -74,7 +74,7 @@ def _write(
     options: dict[str, bool],
 ) -> dict[str, Any]:
     """Capture with torch's options, lower, write and check."""
-    with torch.no_grad(), fx_config.patch(options):
+    with torch.no_grad(), fx_config.patch(options):  # type: ignore[attr-defined]  # installed at run time
         inputs, captured = capture_open(model, args, dynamic)
         lowered = lower_unpooling(captured, lowering=lowering)
         program = torch.export.export(lowered, inputs[0], dynamic_shapes=shapes_of(inputs[0], dynamic), strict=False)

@@ -122,7 +122,8 @@ def _write(model: Any, size: tuple[int, int, int], path: Path, facts: dict[str, 
 
 def _told(name: str, facts: dict[str, Any]) -> str:
     before, after = facts["before"], facts["after"]
-    lines = [f"{name}: {sum(facts['removed'].values())} filters removed, {sum(facts['left'].values())} inert or dead ones left"]
+    removed, left = (sum(facts[key].values()) for key in ("removed", "left"))
+    lines = [f"{name}: {removed} filters removed, {left} inert or dead ones left"]
     if facts["images"]:
         seen = ", which it was trained on" if facts["seen_in_training"] else ""
         lines.append(f"dead filters by {facts['images']} images{seen}")

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "list",
         help="YAML file of recipes, or of mappings of recipe, seeds, set, grid; or a shipped list: c10, tin200, "
-        "tin200_pair, camvid, transfer, study",
+        "tin200_pair, camvid, transfer, study, study_longer, study_decay, study_decay_again, study_decay_plain",
     )
     parser.add_argument("--data-dir", help="data folder (default: the environment variable POOLSKIP_DATA_DIR)")
     parser.add_argument("--output", default="runs", help="folder of run folders (default: %(default)s)")
