@@ -15,7 +15,7 @@ from ..contexts import kept
 from .inputs import capture_open, check_arguments, shapes_of
 from .lower import as_args, blocks_of, lower_unpooling
 from .targets import check_output
-from .verify import KEY, check_outputs, described, in_torch, judge, write_report
+from .verify import KEY, check_outputs, described, first_line, in_torch, judge, write_report
 
 __all__ = ["to_exported_program"]
 
@@ -24,6 +24,7 @@ __all__ = ["to_exported_program"]
 _CAPTURES: list[dict[str, bool]] = [{}]
 if hasattr(fx_config, "backed_size_oblivious"):
     _CAPTURES.insert(0, {"backed_size_oblivious": True})
+_WAY_OUT = "leave fewer axes open (dynamic=('batch',), or () for none), or take to_onnx"
 
 
 def to_exported_program(
@@ -57,7 +58,7 @@ def to_exported_program(
     """
     path, args = check_output(path, ".pt2"), as_args(example)
     check_arguments(model, args, dynamic)
-    *others, last = _CAPTURES
+    *others, last = _CAPTURES if dynamic else _CAPTURES[-1:]
     for options in others:
         with suppress(RuntimeError, ValueError):
             return _write(model, args, path, dynamic, lowering, metadata or {}, options)
@@ -83,7 +84,10 @@ def _write(
     report = {"file": path.name, **facts, "checked_in": "PyTorch CPU", "blocks": blocks}
     with kept(path) as temporary:
         buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
-        torch.export.save(program, buffer, extra_files={KEY: json.dumps(facts)})
+        try:
+            torch.export.save(program, buffer, extra_files={KEY: json.dumps(facts)})
+        except RuntimeError as error:  # SerializeError
+            raise RuntimeError(f"torch.export cannot save this program ({first_line(error)}); {_WAY_OUT}") from error
         temporary.write_bytes(buffer.getbuffer())
         if not options and any(name != "batch" for name in dynamic):
             del inputs[2:5]  # the small ones
@@ -92,8 +96,7 @@ def _write(
         except RuntimeError as error:
             if "Guard failed" not in str(error):
                 raise
-            way_out = "leave fewer axes open (dynamic=('batch',), or () for none), or take to_onnx"
-            raise RuntimeError(f"{error}; torch.export found the model to depend on that: {way_out}") from error
+            raise RuntimeError(f"{error}; torch.export found the model to depend on that: {_WAY_OUT}") from error
         judge(report["outputs"], path)
         report.pop("class_names", None)
         write_report(path, report)

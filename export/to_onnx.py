@@ -201,7 +201,7 @@ def _check_opset(opset: int) -> None:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Name the extra to install, and keep the exporter from announcing every step."""
+    """Name the extra to install or what stops the exporter, and keep it from announcing every step."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -209,6 +209,11 @@ def _explained() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ImportError(f"the export needs {error.name}: pip install 'poolskip-zoo[export]'") from error
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise RuntimeError(f"torch.onnx cannot write this model: {verify.first_line(cause)}") from error
     finally:
         logger.setLevel(level)
 

@@ -274,3 +274,13 @@ def test_an_old_openvino_graph_never_stands_beside_new_weights(tmp_path, monkeyp
     with pytest.raises(OSError, match="goes down"):
         to_openvino(PairNet(2, others=False).eval(), x, path, dynamic=())
     assert not path.exists()
+
+
+def test_what_stops_torch_onnx_is_one_line(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.onnx.OnnxExporterError("Failed\n\nCreate an issue") from NotImplementedError("only 4D\nhere")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    with pytest.raises(RuntimeError, match=r"^torch\.onnx cannot write this model: only 4D$"):
+        to_onnx(PairNet(2).eval(), torch.randn(1, 4, 8, 8), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
