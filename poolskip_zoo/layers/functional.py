@@ -283,7 +283,7 @@ def largest_exact_key(dtype: torch.dtype) -> int:
 
 
 def pool(x: Tensor, window: list[int], ceil_mode: bool) -> Tensor:
-    if ceil_mode and not torch.jit.is_scripting() and _leaves_partial_windows_open(x, window):
+    if ceil_mode and not torch.jit.is_scripting() and _leaves_sizes_open(x):
         x, ceil_mode = _repeat_edges(x, window), False
     if len(window) == 1:
         # torch.export freezes the length in max_pool1d.
@@ -295,16 +295,15 @@ def pool(x: Tensor, window: list[int], ceil_mode: bool) -> Tensor:
 
 
 @torch.jit.unused
-def _leaves_partial_windows_open(x: Tensor, window: list[int]) -> bool:
+def _leaves_sizes_open(x: Tensor) -> bool:
     """Whether a program of torch.export is to hold at sizes that the window divides and at others.
 
-    For AOTInductor: at open sizes it pools partial windows or not, as the example has them (torch 2.15).
+    For AOTInductor: at open sizes it pools partial windows or not, as the example has them (torch 2.14.1).
     """
     if torch.jit.is_tracing() or not is_graph_capture() or torch.onnx.is_in_onnx_export():
         return False
-    # Dynamo (strict export) takes symbolic sizes for int: it would guard the remainder.
-    sizes = zip(x.shape[2:], window, strict=True)
-    return torch.compiler.is_dynamo_compiling() or any(not isinstance(size, int) for size, _ in sizes)
+    # Dynamo (strict export) takes symbolic sizes for int.
+    return torch.compiler.is_dynamo_compiling() or any(not isinstance(size, int) for size in x.shape[2:])
 
 
 @torch.jit.unused
