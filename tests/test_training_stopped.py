@@ -101,7 +101,8 @@ def test_lost_weights_are_written_again(data: Path, tmp_path: Path) -> None:  # 
     path = tmp_path / "test_resnet.tiny-s0" / "model.safetensors"
     weights = path.read_bytes()
     path.unlink()
-    assert train(short, data, tmp_path, cpu=True) == metrics
+    again = train(short, data, tmp_path, cpu=True)
+    assert {**again, "seconds": 0} == {**metrics, "seconds": 0}  # writing them took some, too
     assert path.read_bytes() == weights
 
 
