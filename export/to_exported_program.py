@@ -38,8 +38,8 @@ def to_exported_program(
 ) -> dict[str, Any]:
     """Write a model as a program of torch.export with its unpoolings lowered, and check it at several sizes.
 
-    torch's own checks in the file refuse open sizes at which the model may take another path; with torch 2.6, and of
-    some models with newer ones, also those at which some map shrinks to a single cell.
+    torch's own checks in the file refuse open sizes at which the model may take another path (not with torch 2.6) and,
+    with torch 2.6 and of some models with newer ones, those at which some map shrinks to a single cell.
 
     Args:
         model: a module in evaluation mode, on the CPU.
