@@ -9,6 +9,7 @@ import timm
 import torch
 from contract.common import enliven
 from export_nets import SegNet
+from torch.export import _unlift
 
 from poolskip_zoo.export import to_exported_program, to_onnx, to_torchscript
 
@@ -95,7 +96,7 @@ class Branches(torch.nn.Module):
         return 2 * u if self.condition(x) else u
 
 
-@pytest.mark.skipif(not hasattr(torch.export._unlift, "GuardsFn"), reason="this torch writes no checks of branches")
+@pytest.mark.skipif(not hasattr(_unlift, "GuardsFn"), reason="this torch writes no checks of branches")
 def test_programs_refuse_sizes_at_which_the_model_takes_another_path(tmp_path):
     model = Branches(lambda x: x.shape[-1] % 5 == 0).eval()
     to_exported_program(model, torch.randn(1, 3, 48, 64), tmp_path / "net.pt2", dynamic=OPEN)
