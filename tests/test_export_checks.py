@@ -278,7 +278,7 @@ def test_an_old_openvino_graph_never_stands_beside_new_weights(tmp_path, monkeyp
 
 def test_what_stops_torch_onnx_is_one_line(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
-        raise torch.onnx.OnnxExporterError("Failed\n\nCreate an issue") from NotImplementedError("only 4D\nhere")
+        raise torch.onnx.OnnxExporterError("Failed\n\nCreate an issue") from ValueError("only 4D\nhere")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(RuntimeError, match=r"^torch\.onnx cannot write this model: only 4D$"):

@@ -21,7 +21,7 @@ __all__ = ["KINDS", "Diagnosis", "LayerDiagnosis", "diagnose"]
 # Convolutions of the model itself, and those inside Pool Skip layers.
 KINDS = ("base", "pool_skip")
 # Parts of the names of norms and convolutions that give each filter by itself another size when they run.
-_RESCALING = ("InstanceNorm", "StdConv")
+_RESCALING = ("BatchNorm", "InstanceNorm", "StdConv")
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _small_weights(filters: torch.Tensor, convolution: nn.Module, norm: Any) -> 
         still = set(small_weights(filters.flatten(1) * gain.float()[:, None]))
         return [f for f in small if f in still]
     names = type(convolution).__name__, type(norm).__name__
-    made_up = isinstance(norm, nn.modules.batchnorm._BatchNorm) or any(w in n for w in _RESCALING for n in names)
+    made_up = any(word in name for word in _RESCALING for name in names)
     return [f for f in small if not made_up or not filters[f].any()]
 
 
