@@ -23,9 +23,9 @@ from turns import in_turns
 import poolskip_zoo
 from poolskip_zoo.export import to_onnx, verify, verify_blocks
 from poolskip_zoo.export.converted import lower_for
-from poolskip_zoo.export.inputs import unguarded
 from poolskip_zoo.export.lower import capture, lower_program
 from poolskip_zoo.export.onnx_forms import Writer
+from poolskip_zoo.export.open_sizes import unguarded
 
 LOWERINGS = {
     "onnxruntime": ("keys", "arith", "native", "scatter"),

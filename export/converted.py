@@ -13,9 +13,10 @@ from torch.fx import Graph, GraphModule
 
 from ..contexts import kept
 from . import forms, verify
-from .inputs import bounded, capture_bounded, check_arguments, unguarded
+from .inputs import bounded, check_arguments
 from .lower import as_args, blocks_of, lower_unpooling
 from .lower_pair import unpoolings
+from .open_sizes import capture_bounded, unguarded
 from .targets import check_drop_in, check_fixed, check_target
 from .verify_blocks import compare, mask_cases
 

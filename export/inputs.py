@@ -1,33 +1,28 @@
-"""Arguments of a model at other sizes, and which of its axes stay open."""
+"""Arguments of a model at other sizes, and names of its axes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule
+from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
-from .lower import capture
-from .targets import check_mode
-from .verify import first_line, relative_error
+from .verify import first_line
 
 __all__ = [
     "OPEN_SIZES",
     "axes_of",
     "bounded",
-    "capture_bounded",
-    "capture_open",
     "check_arguments",
     "first_fit",
     "odd_inputs",
     "open_inputs",
+    "parted",
     "random_like",
     "run_at",
     "shapes_of",
     "taken_of",
-    "unguarded",
     "with_random",
 ]
 
@@ -214,58 +209,6 @@ def _resized(args: tuple[Any, ...], dynamic: Sequence[str], batch: int, sizes: S
     return tuple(result)
 
 
-def capture_open(
-    model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[str]
-) -> tuple[list[tuple[Any, ...]], ExportedProgram]:
-    """Capture a model with the asked axes open.
-
-    Args:
-        model: a module in evaluation mode.
-        args: its arguments.
-        dynamic: names of the open axes.
-
-    Returns:
-        Arguments of several sizes, the program captured with the first of them.
-
-    Raises:
-        ValueError: if the model cannot have these axes.
-    """
-    odd = odd_inputs(args, dynamic)
-    return _first_captured(model, open_inputs(args, dynamic), dynamic, lambda each: shapes_of(each, dynamic), "", odd)
-
-
-def capture_bounded(
-    model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[str]
-) -> tuple[list[tuple[Any, ...]], ExportedProgram]:
-    """Capture a model with the asked axes open up to the sizes of its arguments.
-
-    Args:
-        model: a module in evaluation mode.
-        args: its arguments, of the largest sizes.
-        dynamic: names of the open axes.
-
-    Returns:
-        The arguments and smaller ones, the program captured with the first of them.
-
-    Raises:
-        ValueError: if the model cannot have these axes.
-    """
-    sizes = [(name, value.shape[axis]) for value in args for axis, name in axes_of(value).items() if name in dynamic]
-    for name, size in sizes:
-        if size < 2:
-            raise ValueError(
-                f"dynamic={tuple(dynamic)!r}: the example's sizes are the largest that the file takes, and its {name} "
-                f"is 1; give an example of a larger {name}"
-            )
-    # Multiples of 32 where there are smaller ones.
-    steps = (1, 32) if all(size > 32 for name, size in sizes if name != "batch") else (1,)
-    choices = [[args, *(_parted(args, dynamic, part, step) for part in (2, 4))] for step in steps]
-    choices = choices if dynamic else [with_random(args)]
-    # What shrinks to one cell at the largest size is fixed.
-    way_out = ", or a larger one"
-    return _first_captured(model, choices, dynamic, lambda each: bounded(each, dynamic), way_out)
-
-
 def bounded(args: tuple[Any, ...], dynamic: Sequence[str]) -> tuple[Any, ...] | None:
     """`dynamic_shapes` of `torch.export.export`, with the sizes of the arguments as the largest.
 
@@ -289,8 +232,18 @@ def bounded(args: tuple[Any, ...], dynamic: Sequence[str]) -> tuple[Any, ...] | 
     )
 
 
-def _parted(args: tuple[Any, ...], dynamic: Sequence[str], part: int, step: int) -> tuple[Any, ...]:
-    """Arguments of a part of the sizes of the open axes, odd ones or multiples of `step`; one image at last."""
+def parted(args: tuple[Any, ...], dynamic: Sequence[str], part: int, step: int) -> tuple[Any, ...]:
+    """Smaller arguments.
+
+    Args:
+        args: a model's arguments.
+        dynamic: names of the open axes.
+        part: 2 for halves, 4 for quarters and one image.
+        step: what the spatial sizes are multiples of; odd ones with 1.
+
+    Returns:
+        Random numbers of that part of the sizes of the open axes.
+    """
     generator, result = torch.Generator().manual_seed(part), []
     for value in args:
         shape = list(value.shape)
@@ -340,65 +293,6 @@ def first_fit(
     ) from failure
 
 
-def _first_captured(
-    model: nn.Module,
-    choices: Iterable[list[tuple[Any, ...]]],
-    dynamic: Sequence[str],
-    shapes: Callable[[tuple[Any, ...]], Any],
-    way_out: str,
-    odd: Sequence[tuple[Any, ...]] = (),
-) -> tuple[list[tuple[Any, ...]], ExportedProgram]:
-    """The first list of arguments at all of which the model is one function, and its capture."""
-
-    def fit(inputs: list[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], ExportedProgram]:
-        run_at(model, inputs)
-        program = capture(model, inputs[0], shapes(inputs[0]))
-        inputs = [*inputs, *_apart(program, inputs, dynamic)]
-        _check_branches(program, model, [*inputs[1:], *taken_of(model, odd)])
-        return inputs, program
-
-    check_mode(model)
-    return first_fit(choices, dynamic, fit, way_out)
-
-
-def _apart(
-    program: ExportedProgram, inputs: list[tuple[Any, ...]], dynamic: Sequence[str]
-) -> Iterator[tuple[Any, ...]]:
-    """Arguments that differ where the program lets axes of one name differ; a program that fixed one is refused."""
-    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    symbols, sizes = {name: list[str]() for name in dynamic}, [list(each.shape) for each in inputs[0]]
-    for i, name in enumerate(program.graph_signature.user_inputs):
-        for axis, axis_name in axes_of(inputs[0][i]).items():
-            if axis_name in dynamic:
-                size = nodes[str(name)].meta["val"].shape[axis]
-                if isinstance(size, int):
-                    raise RuntimeError(f"it fixes {axis_name} at {size}")
-                known = symbols[axis_name]
-                known += [str(size)] if str(size) not in known else []
-                sizes[i][axis] = inputs[known.index(str(size)) % 3][i].shape[axis]
-    if any(len(known) > 1 for known in symbols.values()):
-        generator = torch.Generator().manual_seed(0)
-        yield tuple(random_like(*each, generator) for each in zip(inputs[0], sizes, strict=True))
-
-
-def unguarded(module: nn.Module) -> GraphModule:
-    """Take torch.export's checks of sizes out of a program's module: they refuse maps of one cell, and do not trace.
-
-    Args:
-        module: a program's module; changed in place.
-
-    Returns:
-        The module.
-    """
-    assert isinstance(module, GraphModule)
-    for node in module.graph.nodes:
-        if node.target == "_guards_fn":
-            module.graph.erase_node(node)
-    module.recompile()
-    module._forward_pre_hooks.clear()
-    return module
-
-
 def taken_of(model: nn.Module, choices: Sequence[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
     """Those arguments at which a model runs.
 
@@ -415,23 +309,3 @@ def taken_of(model: nn.Module, choices: Sequence[tuple[Any, ...]]) -> Iterator[t
         except RuntimeError:
             continue
         yield args
-
-
-def _check_branches(program: ExportedProgram, model: nn.Module, inputs: list[tuple[Any, ...]]) -> None:
-    """Refuse a program that is another function than the model at other sizes: a branch of its code on the size."""
-    module = unguarded(program.module())
-    for args in inputs:
-        shapes = [list(each.shape) for each in args]
-        try:
-            with torch.no_grad():
-                pairs = zip(tree_leaves(module(*args)), tree_leaves(model(*args)), strict=True)
-                same = all(_close(a, b) for a, b in pairs if isinstance(a, Tensor))
-        except (RuntimeError, AssertionError, ValueError):
-            same = False
-        if not same:
-            raise RuntimeError(f"it takes another path at inputs {shapes}")
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    # The same operators on the same machine: far closer than two paths through a model are.
-    return a.shape == b.shape and relative_error(a, b) <= 1e-3

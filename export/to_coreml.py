@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..contexts import kept
 from .converted import Lowered, check_forms, lower_for, of_maps
-from .inputs import axes_of, unguarded
+from .inputs import axes_of
+from .open_sizes import unguarded
 from .targets import check_output
 from .verify import KEY, Run, check_outputs, described, first_line, in_torch, judge, write_report
 

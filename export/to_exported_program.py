@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 
 from ..contexts import kept
-from .inputs import capture_open, check_arguments, shapes_of
+from .inputs import check_arguments, shapes_of
 from .lower import as_args, blocks_of, lower_unpooling
+from .open_sizes import capture_open
 from .targets import check_output
 from .verify import KEY, check_outputs, described, first_line, in_torch, judge, write_report
 
@@ -76,7 +77,7 @@ def _write(
 ) -> dict[str, Any]:
     """Capture with torch's options, lower, write and check."""
     with torch.no_grad(), fx_config.patch(options):  # type: ignore[attr-defined]  # installed at run time
-        inputs, captured = capture_open(model, args, dynamic)
+        inputs, captured = capture_open(model, args, dynamic, guarded=True)
         lowered = lower_unpooling(captured, lowering=lowering)
         program = torch.export.export(lowered, inputs[0], dynamic_shapes=shapes_of(inputs[0], dynamic), strict=False)
     blocks = [block.to_dict() for block in blocks_of(lowered)]

@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_map
 
 from ..contexts import kept
 from . import verify, verify_blocks
-from .inputs import axes_of, capture_open, check_arguments, shapes_of, unguarded
+from .inputs import axes_of, check_arguments, shapes_of
 from .lower import as_args, blocks_of, lower_program
 from .lower_pair import unpoolings
+from .open_sizes import capture_open, unguarded
 from .targets import check_drop_in, check_fixed, check_mode, check_output, check_target
 from .verify import KEY, write_report
 

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..contexts import kept
-from .inputs import check_arguments, first_fit, odd_inputs, open_inputs, run_at, shapes_of, taken_of, unguarded
+from .guards import beyond_guards
+from .inputs import check_arguments, first_fit, odd_inputs, open_inputs, run_at, shapes_of, taken_of
 from .lower import as_args, blocks_of, capture, lower_unpooling
+from .open_sizes import unguarded
 from .targets import check_mode, check_output
 from .verify import KEY, check_outputs, described, in_torch, judge, write_report
 
@@ -57,7 +60,7 @@ def to_torchscript(
     with torch.no_grad():
         inputs = first_fit(open_inputs(args, dynamic), dynamic, partial(run_at, model))
         inputs += taken_of(model, odd_inputs(args, dynamic))
-        module, blocks = (torch.jit.script(model), []) if method == "script" else _trace(model, inputs[0], dynamic)
+        module, blocks = (torch.jit.script(model), []) if method == "script" else _trace(model, inputs, dynamic)
     facts = described("torchscript", blocks, method=method, dynamic=list(dynamic)) | dict(metadata or {})
     report = {"file": path.name, **facts, "checked_in": "PyTorch CPU", "blocks": blocks}
     with kept(path) as temporary:
@@ -79,8 +82,14 @@ def to_torchscript(
     return report
 
 
-def _trace(model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[str]) -> tuple[Any, list[dict[str, Any]]]:
-    """Trace a model, lowered first if torch's unpooling is in it; also gives the lowered unpoolings."""
+def _trace(model: nn.Module, inputs: list[tuple[Any, ...]], dynamic: Sequence[str]) -> tuple[Any, list[dict[str, Any]]]:
+    """Trace a model, lowered first if torch's unpooling is in it; also gives the lowered unpoolings.
+
+    Adds inputs at which the model may take another path, if torch.export captures it.
+    """
+    args, shapes = inputs[0], shapes_of(inputs[0], dynamic)
+    with suppress(Exception):  # whatever comes of code that torch.export cannot capture
+        inputs += beyond_guards(capture(model, args, shapes), model, inputs)
     try:
         # Not strict: outputs may be a dict.
         traced = torch.jit.trace(model, args, check_trace=False, strict=False)
@@ -90,6 +99,6 @@ def _trace(model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[str]) -> t
         # What F.max_unpool raises while it is traced; older releases freeze its sizes.
         if "cond must be a bool" not in str(error):
             raise
-    lowered = lower_unpooling(capture(model, args, shapes_of(args, dynamic)))
+    lowered = lower_unpooling(capture(model, args, shapes))
     blocks = [block.to_dict() for block in blocks_of(lowered)]
     return torch.jit.trace(unguarded(lowered), args, check_trace=False, strict=False), blocks

@@ -12,7 +12,7 @@ from export_nets import PairNet, SegNet
 
 from poolskip_zoo.export import to_exported_program, to_onnx, to_openvino, to_torchscript, verify
 from poolskip_zoo.export.converted import lower_for
-from poolskip_zoo.export.inputs import capture_open
+from poolskip_zoo.export.open_sizes import capture_open
 from poolskip_zoo.export.to_onnx import Half
 from poolskip_zoo.layers import PoolSkip2d, add_pool_skip, pool_skip_modules
 from poolskip_zoo.registry.catalogue import registered_models

@@ -9,9 +9,10 @@ import timm
 import torch
 from contract.common import enliven
 from export_nets import SegNet
-from torch.export import _unlift
+from torch.export import Dim, _unlift
 
 from poolskip_zoo.export import to_exported_program, to_onnx, to_torchscript
+from poolskip_zoo.export.open_sizes import capture_bounded
 
 OPEN = ("batch", "height", "width")
 
@@ -118,6 +119,47 @@ def test_models_with_a_path_for_squares_or_even_or_small_sizes_are_refused(suffi
     with pytest.raises((ValueError, RuntimeError), match=r"takes another path at inputs|outputs differ"):
         write(model, torch.randn(1, 3, 48, 64), tmp_path / f"net.{suffix}", dynamic=OPEN)
     assert not list(tmp_path.iterdir())
+
+
+# .pt2 files refuse these by torch's checks (above).
+@pytest.mark.parametrize("suffix", ["onnx", "pt"])
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda x: x.shape[-1] % 5 == 0,
+        lambda x: x.shape[-1] > 400,
+        lambda x: x.shape[0] == 7,
+        lambda x: x.shape[-1] == x.shape[-2] + 13,
+        lambda x: x.shape[-1] * x.shape[-2] > 100_000,
+    ],
+)
+def test_a_path_at_sizes_that_no_list_holds_is_found_by_torch_s_checks(suffix, condition, tmp_path):
+    write = {"onnx": to_onnx, "pt": to_torchscript}[suffix]
+    with pytest.raises((ValueError, RuntimeError), match=r"takes another path at inputs|outputs differ"):
+        write(Branches(condition).eval(), torch.randn(1, 3, 48, 64), tmp_path / f"net.{suffix}", dynamic=OPEN)
+    assert not list(tmp_path.iterdir())
+
+
+class Multiples(Branches):
+    def forward(self, x):
+        if x.shape[-1] % 32 or x.shape[-2] % 32:
+            raise ValueError("multiples of 32")
+        return super().forward(x)
+
+
+def test_checks_that_a_model_refuses_to_break_are_passed_over(tmp_path):
+    x = torch.randn(1, 3, 64, 64)
+    to_onnx(Multiples(lambda x: False).eval(), x, tmp_path / "net.onnx", dynamic=OPEN)
+    with pytest.raises(ValueError, match=r"another path at inputs \[\[2, 3, 192, 320\]\]"):
+        to_onnx(Multiples(lambda x: x.shape[-1] == 320).eval(), x, tmp_path / "other.onnx", dynamic=OPEN)
+
+
+@pytest.mark.skipif(not callable(Dim.AUTO), reason="open sizes with a largest one need torch 2.7")
+def test_sizes_above_the_largest_of_a_file_do_not_matter():
+    x = torch.randn(4, 3, 48, 64)
+    capture_bounded(Branches(lambda x: x.shape[-1] > 64).eval(), (x,), OPEN)
+    with pytest.raises(ValueError, match="another path at inputs"):
+        capture_bounded(Branches(lambda x: x.shape[-1] % 5 == 0).eval(), (x,), OPEN)
 
 
 class Chunks(torch.nn.Module):
