@@ -9,7 +9,6 @@ Markdown table and draws the picture.
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -18,7 +17,7 @@ from turns import medians, table
 
 import poolskip_zoo  # noqa: F401  registers the models
 from poolskip_zoo.hub.verify import checkpoint_cfg
-from poolskip_zoo.registry.catalogue import base_name
+from poolskip_zoo.registry.catalogue import base_name, create_base
 from poolskip_zoo.registry.checkpoint import SUFFIX, Checkpoint, SegmentationCheckpoint, checkpoints
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,19 +32,19 @@ def trained() -> dict[str, list[Point]]:
         if isinstance(record, SegmentationCheckpoint):
             continue
         points = found.setdefault(record.dataset_title, [])
-        points.append((record.name, record.metrics["top1"], *built(record, record.arch, record.model_args)))
+        options = {"num_classes": checkpoint_cfg(record).num_classes, **record.model_args}
+        points.append((record.name, record.metrics["top1"], *placed(record, timm.create_model(record.arch, **options))))
         if "top1" in record.base_scores:
-            base = base_name(record.arch)
-            points.append((f"{base}, not published", record.base_scores["top1"], *built(record, base, {})))
+            name = f"{base_name(record.arch)}, not published"
+            points.append((name, record.base_scores["top1"], *placed(record, create_base(record.arch, **options))))
     return found
 
 
-def built(record: Checkpoint, arch: str, model_args: dict[str, Any]) -> tuple[nn.Module, torch.Tensor]:
+def placed(record: Checkpoint, model: nn.Module) -> tuple[nn.Module, torch.Tensor]:
     """Network and image of a checkpoint; what they cost does not depend on the weights."""
-    cfg = checkpoint_cfg(record)
     last = {"memory_format": torch.channels_last}
-    model = timm.create_model(arch, num_classes=cfg.num_classes, **model_args)
-    return model.eval().to(DEVICE, **last), torch.rand(1, *cfg.input_size, device=DEVICE).to(**last)
+    image = torch.rand(1, *checkpoint_cfg(record).input_size, device=DEVICE)
+    return model.eval().to(DEVICE, **last), image.to(**last)
 
 
 def main() -> None:

@@ -8,21 +8,19 @@ thread; all files of a model, fixed and open sizes, in turn in every round; rati
 import argparse
 import logging
 import statistics
-import sys
 import tempfile
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
+from onnx_files import RUNTIMES, floor
 from torch import nn
 from turns import in_turns
 
 import poolskip_zoo  # noqa: F401
 from poolskip_zoo.export import to_onnx
-from poolskip_zoo.export.onnx_forms import Writer
 from poolskip_zoo.layers import functional, max_pool_unpool2d
 
 FORMS = ("floor", "keys", "bare", "index")
@@ -53,20 +51,6 @@ def plain(model, x, path, dynamic):
     torch.onnx.export(model, (x,), path, dynamo=True, dynamic_shapes=(axes,), external_data=False, verbose=False)
 
 
-@contextmanager
-def floor():
-    """Write x in place of the sparse map, and check nothing."""
-    module = sys.modules[to_onnx.__module__]
-    verify, verify_blocks = module.verify, module.verify_blocks
-    kept = Writer.place, module._flips, verify_blocks.check_blocks, verify.check_outputs, verify.judge
-    Writer.place, module._flips = (lambda self, *_: self.op.Identity(self.x)), (lambda *_: {})
-    verify_blocks.check_blocks, verify.check_outputs, verify.judge = (lambda *_: 0), (lambda *_: {}), (lambda *_: None)
-    try:
-        yield
-    finally:
-        Writer.place, module._flips, verify_blocks.check_blocks, verify.check_outputs, verify.judge = kept
-
-
 def write(model, shape, folder, dynamic, runtime):
     """The four graphs."""
     captured = torch.randn(2, shape[0], 193, 161) if dynamic else torch.randn(1, *shape)
@@ -80,23 +64,6 @@ def write(model, shape, folder, dynamic, runtime):
         plain(model, captured, folder / "index.onnx", dynamic)
 
 
-def load(path, runtime):
-    """A function of one array."""
-    if runtime == "openvino":
-        import openvino
-
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-        compiled = openvino.Core().compile_model(path, "CPU", settings)
-        return lambda x: compiled([x])[0]
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    key = session.get_inputs()[0].name
-    return lambda x: session.run(None, {key: x})[0]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -105,7 +72,7 @@ def main():
         default=["operator", "resnet18_poolskip", "resnet50_poolskip"],
         help="timm names, or operator: the window maxima of 64×56×56",
     )
-    parser.add_argument("--runtime", default="onnxruntime", choices=["onnxruntime", "openvino"])
+    parser.add_argument("--runtime", default="onnxruntime", choices=RUNTIMES)
     parser.add_argument("--runs", type=int, default=25, help="rounds, after two that do not count")
     parser.add_argument("--size", type=int, help="height and width (default: 224, of the operator 56)")
     parser.add_argument("--static", action="store_true", help="fixed sizes alone")
@@ -121,17 +88,16 @@ def main():
             programs = {}
             for kind in ("fixed",) if args.static else ("fixed", "open"):
                 write(model, shape, Path(folder, kind), kind == "open", args.runtime)
-                programs.update(
-                    {(kind, form): load(Path(folder, kind, f"{form}.onnx"), args.runtime) for form in FORMS}
-                )
-            calls = {name: partial(program, x) for name, program in programs.items()}
+                load = RUNTIMES[args.runtime]
+                programs.update({(kind, form): load(Path(folder, kind, f"{form}.onnx")) for form in FORMS})
+            calls = {name: partial(program, [x]) for name, program in programs.items()}
             outputs, seconds = in_turns(calls, args.runs)
         with torch.no_grad():
             expected = model(torch.from_numpy(x)).numpy()
         found = {name: 1e3 * statistics.median(spent) for name, spent in seconds.items()}
         for (kind, form), ms in found.items():
             over, faster = ms / found[kind, "floor"], found[kind, "index"] / ms
-            error = np.abs(outputs[kind, form] - expected).max() / np.abs(expected).max()
+            error = np.abs(outputs[kind, form][0] - expected).max() / np.abs(expected).max()
             print(
                 f"{args.runtime} {name} {kind} {form}: {ms:.2f} ms, {over:.2f}× floor, {faster:.2f}× as fast as index"
                 + ("" if form == "floor" else f", relative error {error:.1e}"),

@@ -12,19 +12,20 @@ import os
 import statistics
 import sys
 import tempfile
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import timm
 import torch
+from onnx_files import RUNTIMES, floor
 from torch import nn
 from turns import in_turns
 
 import poolskip_zoo
-from poolskip_zoo.export import to_onnx, verify, verify_blocks
+from poolskip_zoo.export import to_onnx
 from poolskip_zoo.export.converted import lower_for
 from poolskip_zoo.export.lower import capture, lower_program
-from poolskip_zoo.export.onnx_forms import Writer
 from poolskip_zoo.export.open_sizes import unguarded
 
 LOWERINGS = {
@@ -55,22 +56,18 @@ def converted(model, args, runtime, folder, names):
     make = importlib.import_module(f"poolskip_zoo.export.to_{runtime}")._make
     suffix = {"litert": ".tflite", "executorch": ".pte"}[runtime]
     lowered = {each: lower_for(model, args, runtime, each) for each in names}
-    floor = unguarded(lower_program(capture(model, args, None), runtime, "keys", {"keys": floor_form}))
-    lowered = {"floor": dataclasses.replace(lowered[names[0]], module=floor), **lowered}
+    module = unguarded(lower_program(capture(model, args, None), runtime, "keys", {"keys": floor_form}))
+    lowered = {"floor": dataclasses.replace(lowered[names[0]], module=module), **lowered}
     return {name: make(each, folder / f"{name}{suffix}") for name, each in lowered.items()}
 
 
 def of_onnx(model, args, folder, names, load):
     """Programs of runtimes that are given ONNX files."""
     programs = {}
-    original, check = Writer.place, (verify_blocks.check_blocks, verify.judge)
     for name in ("floor", *names):
         path = folder / f"{name}.onnx"
-        if name == "floor":
-            Writer.place = lambda self, *_: self.op.Identity(self.x)
-            verify_blocks.check_blocks, verify.judge = (lambda *_: 0), (lambda *_: None)
-        to_onnx(model, args, path, dynamic=(), lowering="keys" if name == "floor" else name)
-        Writer.place, (verify_blocks.check_blocks, verify.judge) = original, check
+        with floor() if name == "floor" else nullcontext():
+            to_onnx(model, args, path, dynamic=(), lowering="keys" if name == "floor" else name)
         programs[name] = load(path)
     return programs
 
@@ -98,25 +95,6 @@ def in_mnn(path):
         return [MNN.expr.convert(each, MNN.expr.NCHW).read().copy() for each in net.onForward(given)]
 
     return run
-
-
-def in_onnxruntime(path):
-    """Load in ONNX Runtime."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda arrays: session.run(None, {session.get_inputs()[0].name: arrays[0]})
-
-
-def in_openvino(path):
-    """Load in OpenVINO."""
-    import openvino
-
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    compiled = openvino.Core().compile_model(str(path), "CPU", settings)
-    return lambda arrays: list(compiled(list(arrays)).values())
 
 
 def in_chromium(folder, names, x, rounds):
@@ -155,8 +133,8 @@ def main():
             if args.runtime in ("litert", "executorch"):
                 programs = converted(model, (x,), args.runtime, folder, names)
             else:
-                load = {"onnxruntime": in_onnxruntime, "openvino": in_openvino, "mnn": in_mnn, "ncnn": in_ncnn}
-                programs = of_onnx(model, (x,), folder, names, load[args.runtime])
+                load = {**RUNTIMES, "mnn": in_mnn, "ncnn": in_ncnn}[args.runtime]
+                programs = of_onnx(model, (x,), folder, names, load)
             calls = {name: partial(run, [x.numpy()]) for name, run in programs.items()}
             found, seconds = in_turns(calls, args.rounds)
             outputs = {name: arrays[0] for name, arrays in found.items()}
@@ -165,11 +143,11 @@ def main():
         expected = model(x)
     # The page's clock counts what other processes take, the fastest run has least of that.
     typical = min if args.runtime == "web" else statistics.median
-    floor = typical(times["floor"])
+    fastest = typical(times["floor"])
     for name, values in times.items():
         error = (torch.from_numpy(outputs[name]) - expected).abs().max() / expected.abs().max()
         ms = typical(values)
-        print(f"{args.runtime} {name}: {ms:.2f} ms, {ms / floor:.2f}×, relative error {error:.1e}")
+        print(f"{args.runtime} {name}: {ms:.2f} ms, {ms / fastest:.2f}×, relative error {error:.1e}")
 
 
 if __name__ == "__main__":

@@ -203,17 +203,17 @@ def check_forms(
             wanted.setdefault(block["lowering"], {}).setdefault(key, (block, sizes))
     compared = 0
     for lowering, pairs in wanted.items():
-        kept = [block for block, _ in pairs.values()]
+        chosen = [block for block, _ in pairs.values()]
         # All maps take their first size, then their second, where a single size is repeated.
         rounds = [
             [_cases(block, sizes[min(number, len(sizes) - 1)]) for block, sizes in pairs.values()]
             for number in range(max(len(sizes) for _, sizes in pairs.values()))
         ]
-        run = build(_side_by_side(kept), tuple(cases[0][1] for cases in rounds[0]), lowering)
+        run = build(_side_by_side(chosen), tuple(cases[0][1] for cases in rounds[0]), lowering)
         for cases_of in rounds:
             for cases in zip(*cases_of, strict=True):
                 outputs = run([x.numpy() for _, x, _ in cases])
-                for block, (case, _, expected), output in zip(kept, cases, outputs, strict=True):
+                for block, (case, _, expected), output in zip(chosen, cases, outputs, strict=True):
                     compared += 1
                     compare(torch.from_numpy(output), expected, block, case)
     return compared

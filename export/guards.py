@@ -71,8 +71,8 @@ def _symbols(sizes: list[list[str]], args: tuple[Any, ...]) -> dict[str, int]:
 
 def _guards(values: Iterable[Any], symbols: Mapping[str, int]) -> list[CodeType]:
     """torch's checks of these symbols, compiled."""
-    modes = [value.fake_mode for value in values if isinstance(value, FakeTensor) and value.fake_mode.shape_env]
-    exprs = [guard.expr for guard in modes[0].shape_env.guards] if modes else []
+    shape_env = next((value.fake_mode.shape_env for value in values if isinstance(value, FakeTensor)), None)
+    exprs = [guard.expr for guard in shape_env.guards] if shape_env else []
     known = [expr for expr in exprs if {str(each) for each in expr.free_symbols} <= symbols.keys()]
     return [compile(code, "guard", "eval") for code in dict.fromkeys(map(PythonPrinter().doprint, known))]
 

@@ -21,7 +21,7 @@ Run = Callable[[np.ndarray], list[np.ndarray]]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image; of 16 bits per pixel the upper eight count, where Pillow would cut off at 255."""
+    """Convert an image; 16 bits per pixel are scaled to eight, where Pillow would cut off at 255."""
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.dtype.itemsize == 2 or values.max(initial=0) > 255:  # a PNG of 16 bits is one of 32 to older Pillow

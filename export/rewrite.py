@@ -189,7 +189,7 @@ class _File:
         names = {value.name: None for each in self.found for value in each.watched()}
         added = [str(name) for name in names if name not in given]
         run, self.engine = _start(_with_outputs(self.original, added))
-        kept = {each.x.name for each in self.found if each.pooling is not None}
+        pooled = {each.x.name for each in self.found if each.pooling is not None}
         self.arrays, self.outputs, self.maps = inputs, list[list[np.ndarray]](), list[dict[str, np.ndarray]]()
         shapes: dict[str, list[tuple[int, ...]]] = {}
         types: dict[str, Any] = {}
@@ -207,7 +207,7 @@ class _File:
             self.outputs.append(results[:number])
             values = dict(zip((value.name for value in self.inputs), arrays, strict=True))
             values.update(zip(added, results[number:], strict=True))
-            self.maps.append({name: values[name] for name in kept})
+            self.maps.append({name: values[name] for name in pooled})
             for name, value in values.items():
                 shapes.setdefault(name, []).append(value.shape)
                 types[name] = value.dtype

@@ -15,7 +15,7 @@ from ..contexts import kept
 from .inputs import check_arguments, shapes_of
 from .lower import as_args, blocks_of, lower_unpooling
 from .open_sizes import capture_open
-from .targets import check_output
+from .targets import check_drop_in, check_output, check_target
 from .verify import KEY, check_outputs, described, first_line, in_torch, judge, write_report
 
 __all__ = ["to_exported_program"]
@@ -59,6 +59,8 @@ def to_exported_program(
     """
     path, args = check_output(path, ".pt2"), as_args(example)
     check_arguments(model, args, dynamic)
+    check_target("onnxruntime", lowering, onnx=False)
+    check_drop_in(model, "onnxruntime", lowering)
     *others, last = _CAPTURES if dynamic else _CAPTURES[-1:]
     for options in others:
         with suppress(RuntimeError, ValueError):

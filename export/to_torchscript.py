@@ -33,8 +33,8 @@ def to_torchscript(
 ) -> dict[str, Any]:
     """Write a model as TorchScript and check it at several sizes.
 
-    Pool Skip traces and scripts by itself; torch's
-    unpooling does not trace, so a model with it is lowered first (`lower_unpooling`).
+    Pool Skip traces and scripts by itself; torch's unpooling does not trace, so a model with it is lowered first
+    (`lower_unpooling`).
 
     Args:
         model: a module in evaluation mode, on the CPU.

@@ -262,7 +262,7 @@ def described(target: str, blocks: Iterable[Mapping[str, Any]], **facts: Any) ->
     Returns:
         Package version, target, the lowerings that occur, and the rest, JSON-ready.
     """
-    from poolskip_zoo import __version__
+    from .. import __version__
 
     used = sorted({block["lowering"] for block in blocks})
     return {"package_version": __version__, "target": target, "lowering": used, **facts}

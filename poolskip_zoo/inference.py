@@ -39,7 +39,7 @@ def read_image(path: str | os.PathLike[str]) -> "Image":
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            # As in the predictor beside exported files, which stands by itself: of 16 bits the upper eight count, where
+            # As in the predictor beside exported files, which stands by itself: 16 bits are scaled to eight, where
             # Pillow would cut off at 255; a PNG of 16 bits is one of 32 to older Pillow.
             if image.mode.startswith("I"):
                 values = np.asarray(image)
@@ -201,7 +201,7 @@ def segment(
         Logits (B, classes, H, W), float32.
 
     Raises:
-        ValueError: if `overlap` is out of range.
+        ValueError: if `overlap` or `window` is out of range.
 
     Example:
         >>> segment(nn.Conv2d(3, 7, 1), torch.rand(1, 3, 50, 70), (100, 140), window=(32, 32)).shape

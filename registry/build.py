@@ -6,8 +6,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs
-from timm.models._builder import resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from .checkpoint import find

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from timm.models import get_arch_pretrained_cfgs
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs
 from timm.models._hub import save_config_for_hf
-from timm.models._pretrained import PretrainedCfg
 
 from ..data import DATASETS
 
@@ -19,6 +18,7 @@ __all__ = [
     "CARRIED",
     "HUB_ORG",
     "SUFFIX",
+    "WEIGHTS",
     "Checkpoint",
     "SegmentationCheckpoint",
     "add_checkpoints",
@@ -35,6 +35,8 @@ __all__ = [
 HUB_ORG = "poolskip-zoo"
 # Turns the name of a base into that of its variant.
 SUFFIX = "_poolskip"
+# The file of weights in every folder of a model, as timm and the Hub name it.
+WEIGHTS = "model.safetensors"
 # Keywords of our classes that a record can carry: plain data, and in no entrypoint, whose own would win over them.
 CARRIED = ("pool_skip", "stem_stride")
 # What a configuration says of its own weights alone.
@@ -173,7 +175,7 @@ class Checkpoint:
             retrained_cfg(cfg, self.dataset, model_args=self.model_args),
             hf_hub_id=self.hub_id,
             # Named, so that an unreachable Hub is asked once and not again for a pickle.
-            hf_hub_filename="model.safetensors",
+            hf_hub_filename=WEIGHTS,
             architecture=None,
             license=self.licence,
             paper_ids="arXiv:2409.13154" if self.arch.endswith(SUFFIX) else cfg.paper_ids,

@@ -10,18 +10,17 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from timm.models._pretrained import PretrainedCfg
+from timm.models import PretrainedCfg
 
 from .catalogue import warm_starts
-from .checkpoint import Checkpoint
+from .checkpoint import WEIGHTS, Checkpoint
 
 __all__ = ["HUB_DIR_VARIABLE", "hub_cards_dir", "local_folder", "local_weights", "require_warm_start", "sha256_of"]
 
 # Names a folder with one folder per checkpoint, as `poolskip hub pull` makes it.
 HUB_DIR_VARIABLE = "POOLSKIP_HUB_DIR"
-_FILENAME = "model.safetensors"
 # Where timm looks in its own repositories (timm/models/_hub.py).
-_TIMM_FILENAMES = (_FILENAME, "pytorch_model.bin")
+_TIMMWEIGHTSS = (WEIGHTS, "pytorch_model.bin")
 # Of each address of the Hub, which has about eight: an unreachable one is known after 20 s, not after minutes.
 _CONNECT_SECONDS = 2.5
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -51,7 +50,7 @@ def local_folder(checkpoint: Checkpoint) -> Path | None:
     Raises:
         RuntimeError: if `POOLSKIP_HUB_DIR` names no folder.
     """
-    return next((each / checkpoint.name for each in _roots() if (each / checkpoint.name / _FILENAME).is_file()), None)
+    return next((each / checkpoint.name for each in _roots() if (each / checkpoint.name / WEIGHTS).is_file()), None)
 
 
 def local_weights(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -72,7 +71,7 @@ def local_weights(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | No
             the ways out.
     """
     folder = local_folder(checkpoint)
-    path = folder / _FILENAME if folder else _from_hub(checkpoint, cache_dir)
+    path = folder / WEIGHTS if folder else _from_hub(checkpoint, cache_dir)
     actual = sha256_of(path)
     if actual != checkpoint.sha256:
         told = _not_recorded(path, checkpoint, actual)  # before the file has another name
@@ -96,7 +95,7 @@ def require_warm_start(name: str, cfg: PretrainedCfg, cache_dir: str | os.PathLi
     repo, _, revision = (cfg.hf_hub_id or "").partition("@")
     if not repo:
         return
-    files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else list(_TIMM_FILENAMES)
+    files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else list(_TIMMWEIGHTSS)
     cache = None if cache_dir is None else os.fspath(cache_dir)
     for file in files:
         cached = huggingface_hub.try_to_load_from_cache(repo, file, cache_dir=cache, revision=revision or None)
@@ -151,12 +150,12 @@ def _from_hub(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None) 
     if not revision:
         raise RuntimeError(_no_file(checkpoint, "it is not published there yet"))
     # The sha256 decides, so a cached file needs no question to the Hub, which offline takes the client 25 s.
-    cached = huggingface_hub.try_to_load_from_cache(repo, _FILENAME, cache_dir=cache, revision=revision)
+    cached = huggingface_hub.try_to_load_from_cache(repo, WEIGHTS, cache_dir=cache, revision=revision)
     if isinstance(cached, str) and Path(cached).is_file():
         return Path(cached)
     try:
         _connect()
-        return Path(huggingface_hub.hf_hub_download(repo, _FILENAME, revision=revision, cache_dir=cache))
+        return Path(huggingface_hub.hf_hub_download(repo, WEIGHTS, revision=revision, cache_dir=cache))
     # The client raises OSError, ValueError and its own classes; each means that there is no file.
     except Exception as error:
         raise RuntimeError(_no_file(checkpoint, _reason(error, revision))) from error
@@ -204,7 +203,7 @@ def _no_file(checkpoint: Checkpoint, reason: str) -> str:
     repo = checkpoint.hub_id.partition("@")[0]
     start = next((name for name in warm_starts() if name.partition(".")[0] == checkpoint.arch), None)
     return (
-        f"cannot get the weights of {checkpoint.name} ({_FILENAME} of {repo} on the Hugging Face Hub): {reason}. Ways "
+        f"cannot get the weights of {checkpoint.name} ({WEIGHTS} of {repo} on the Hugging Face Hub): {reason}. Ways "
         f"out: connect to the network and try again; put the file into {checkpoint.name}/ of hub_cards/ in a checkout "
         f"or of the folder that {HUB_DIR_VARIABLE} names (`poolskip hub pull` fills one); load your own with "
         "pretrained_cfg_overlay={'file': PATH}"

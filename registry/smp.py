@@ -151,7 +151,7 @@ def _get_encoder(
     from ..models.segmentation.encoder import build_encoder
 
     if weights is not None and name == plain:
-        name = f"{name}.{_find_weights(name, weights, None).tag}"
+        name = f"{name}.{_find_weights(name, weights, optional=True).tag}"
     return build_encoder(name.removeprefix("tu-"), in_channels, depth, output_stride, weights is not None, **kwargs)
 
 
@@ -176,11 +176,10 @@ def _weights(name: str) -> dict[str, PretrainedCfg]:
     return {**({"imagenet": warm[0]} if warm else {}), **cfgs}
 
 
-def _find_weights(name: str, weights: str, *others: None) -> PretrainedCfg:
-    """The configuration of weights; `others` is what else could be given, for the message."""
+def _find_weights(name: str, weights: str, optional: bool = False) -> PretrainedCfg:
+    """The configuration of weights, which need not be given where they are optional."""
     known = _weights(name)
     if weights not in known:
-        raise ValueError(
-            f"no weights {weights!r} for the encoder {name!r}: choose {', '.join(map(repr, [*known, *others]))}"
-        )
+        choices = [*known, None] if optional else known
+        raise ValueError(f"no weights {weights!r} for the encoder {name!r}: choose {', '.join(map(repr, choices))}")
     return known[weights]

@@ -11,6 +11,7 @@ from contract.common import enliven
 from export_nets import SegNet
 from torch.export import Dim, _unlift
 
+from poolskip_zoo import MaxPool2d, MaxUnpool2d
 from poolskip_zoo.export import to_exported_program, to_onnx, to_torchscript
 from poolskip_zoo.export.open_sizes import capture_bounded
 
@@ -222,6 +223,15 @@ def test_a_trace_that_froze_a_size_says_so(tmp_path):
     assert to_torchscript(model, x, tmp_path / "net.pt", dynamic=())["outputs"]["max_relative_error"] <= 1e-4
 
 
+class DropIn(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pool, self.unpool = MaxPool2d(2), MaxUnpool2d(2)
+
+    def forward(self, x):
+        return self.unpool(*self.pool(x), x.shape)
+
+
 def test_options_are_checked(tmp_path):
     model, x = SegNet().eval(), torch.randn(1, 3, 32, 32)
     with pytest.raises(ValueError, match="method='jit'"):
@@ -232,6 +242,10 @@ def test_options_are_checked(tmp_path):
         to_exported_program(model, x, tmp_path / "net.pt")
     with pytest.raises(ValueError, match=r"model\.eval"):
         to_torchscript(SegNet(), x, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="lowering='kesy'"):
+        to_exported_program(model, x, tmp_path / "net.pt2", lowering="kesy")
+    with pytest.raises(ValueError, match="poolskip_zoo's MaxPool2d, which exports as keys, and 'scatter' is wanted"):
+        to_exported_program(DropIn().eval(), x, tmp_path / "net.pt2", lowering="scatter")
     with pytest.raises(ValueError, match="dynamic='depth'"):
         to_exported_program(model, x, tmp_path / "net.pt2", dynamic=("depth",))
     assert not list(tmp_path.iterdir())

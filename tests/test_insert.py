@@ -116,6 +116,15 @@ def test_device_type_and_mode_follow_the_module():
     assert (layer.conv.weight.device.type, layer.conv.weight.dtype, layer.training) == ("meta", torch.float16, False)
 
 
+@pytest.mark.parametrize(("conv", "last"), [(nn.Conv2d, torch.channels_last), (nn.Conv3d, torch.channels_last_3d)])
+def test_memory_format_follows_the_model(conv, last):
+    for memory_format in (last, torch.contiguous_format):
+        # What is inserted follows a 1×1 convolution, whose weights are contiguous in both.
+        model = nn.Sequential(conv(4, 4, 3), conv(4, 4, 1)).to(memory_format=memory_format)
+        add_pool_skip(model, ["1"])
+        assert model[1].pool_skip.conv.weight.is_contiguous(memory_format=memory_format)
+
+
 # Refusals
 
 

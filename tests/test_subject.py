@@ -162,6 +162,8 @@ def test_folders_of_timm_and_smp(run: tuple[Path, nn.Module], capsys: pytest.Cap
     capsys.readouterr()
     assert_same(load("smp").model(torch.ones(1, 3, 32, 32)), net(torch.ones(1, 3, 32, 32)))
     assert capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="smp is a folder of smp, which is read with its weights alone"):
+        load("smp", pretrained=False)
     for words, said in (
         (["export", "smp"], "load its model in Python (smp's folders by smp.from_pretrained)"),
         (["predict", "smp", "x.png"], "Unet is no classifier of timm: it does not say what images it takes"),

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from test_training import EVERYTHING, PLAIN, STEPS, assert_equal_runs, data, recipe  # noqa: F401  # a fixture
 
 from poolskip_zoo.layers import pool_skip_modules
+from poolskip_zoo.registry.checkpoint import find
 from poolskip_zoo.training import train
 from poolskip_zoo.training.recipe import make_recipe
-from poolskip_zoo.training.start import init_file, init_weights
+from poolskip_zoo.training.start import init_file, init_seconds, init_weights
 from poolskip_zoo.training.state import save_weights
 
 SHORT = {**PLAIN, "epochs": 1, "warmup_epochs": 0.0}
@@ -86,6 +87,14 @@ def test_checkpoints_of_the_zoo_are_found_and_fit(name: str, tmp_path: Path) -> 
     weights, fresh = init_weights(path, timm.create_model(name, num_classes=100))
     assert fresh == ["fc.weight", "fc.bias"]
     assert weights.keys() == timm.create_model(name).state_dict().keys()
+
+
+def test_a_run_that_tells_no_time_counts_none(tmp_path: Path) -> None:
+    run = tmp_path / "resnet20_cifar_poolskip-s0" / "model.safetensors"
+    # Not a checkpoint's, though the name of its architecture is in front of several.
+    assert init_seconds(recipe(init="resnet20_cifar_poolskip"), run) == 0
+    hours = find("resnet20_cifar_poolskip.c10").hours
+    assert init_seconds(recipe(init="resnet20_cifar_poolskip.c10"), run) == 3600 * hours > 0
 
 
 def test_crops_are_trained_on_and_fit_the_images(data: Path, tmp_path: Path) -> None:  # noqa: F811

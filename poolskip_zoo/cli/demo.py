@@ -203,8 +203,7 @@ def _latencies(model, path, x):
     from ..diagnostics.cost import measure_latency
     from ..layers import remove_pool_skip
 
-    base = copy.deepcopy(model)
-    remove_pool_skip(base)
+    base = remove_pool_skip(copy.deepcopy(model))
     session, image = _session(path), x.numpy()
     programs = {
         "PyTorch": lambda: model(x),

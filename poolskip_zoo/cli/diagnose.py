@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .subject import Subject, load
+from .subject import Subject, best_device, load
 
 HELP = "measure a model's filters: sparsity, inert and dead ones, variety, gradients"
 # Images of one forward and backward pass.
@@ -50,8 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """
     import json
 
-    import torch
-
+    from ..data.datasets import HOLD_OUT
     from ..diagnostics import diagnose, draw, table
 
     if args.images < 0:
@@ -65,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
     dataset = args.dataset or next((each.dataset for each in subjects if each.dataset), None)
     # Both are shown the same images, held out by both: the fewer are among the more.
     recipes = [each.recipe for each in subjects if each.recipe]
-    held_out = min((recipe.hold_out for recipe in recipes if recipe.hold_out > 0), default=5000)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    held_out = min((recipe.hold_out for recipe in recipes if recipe.hold_out > 0), default=HOLD_OUT)
+    device = best_device()
     found, facts = [], []
     for subject in subjects:
         subject.dataset = args.dataset or subject.dataset or dataset

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="input size (default: the model's)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images of the example (default: 1)")
-    parser.add_argument("--opset", type=int, default=18, help="ONNX operator set (default: 18)")
+    parser.add_argument("--opset", type=int, help="ONNX operator set (default: 18)")
     parser.add_argument("--half", action="store_true", help="float16 weights and computation")
     parser.add_argument("--lowering", help="keys, native, scatter or arith in place of the target's own")
     parser.add_argument(
@@ -128,9 +128,8 @@ def _check_size(model: Any, example: Any, name: str) -> None:
 
 def _options(args: argparse.Namespace, kind: str, known: tuple[str, ...]) -> dict[str, Any]:
     """Keywords of the writer; options that the format does not have are refused."""
-    given = {"target": args.target, "lowering": args.lowering, "half": args.half or None, "dynamic": args.dynamic}
-    given["opset"] = None if args.opset == 18 else args.opset
-    options = {key: value for key, value in given.items() if value is not None}
+    given = {key: getattr(args, key) for key in ("target", "lowering", "half", "dynamic", "opset")}
+    options = {key: value for key, value in given.items() if value is not None and value is not False}
     if options.get("target") == kind:
         options.pop("target")
     for key in options:

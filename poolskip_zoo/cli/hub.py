@@ -146,8 +146,6 @@ def _check_recipe(run: Path) -> Any:
 
 def _check_arguments(run: Path, used: Any) -> None:
     """A checkpoint loads by its name, so its record must carry what its model was made with."""
-    import poolskip_zoo  # noqa: F401  registers the models
-
     from ..data import DATASETS
     from ..registry.catalogue import registered_models
     from ..registry.checkpoint import CARRIED

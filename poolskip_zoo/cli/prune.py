@@ -90,7 +90,7 @@ def _images(args: argparse.Namespace, subject: Any) -> tuple[Any, Any]:
     import torch
 
     from ..data import DATASETS, EvalLoader
-    from ..data.datasets import DATA_DIR_VARIABLE, SegmentationInfo
+    from ..data.datasets import DATA_DIR_VARIABLE, HOLD_OUT, SegmentationInfo
     from .diagnose import image_batches
 
     asked = args.data_dir or args.dataset
@@ -101,7 +101,7 @@ def _images(args: argparse.Namespace, subject: Any) -> tuple[Any, Any]:
         raise ValueError(f"it is not known what {args.name!r} was trained on: give --dataset, of {', '.join(known)}")
     if subject.dataset not in known:
         raise ValueError(f"unknown dataset {subject.dataset!r}: one of {', '.join(known)}")
-    hold_out = subject.recipe.hold_out if subject.recipe and subject.recipe.hold_out > 0 else 5000
+    hold_out = subject.recipe.hold_out if subject.recipe and subject.recipe.hold_out > 0 else HOLD_OUT
     shared: dict[str, Any] = {"device": torch.device("cpu"), "hold_out": hold_out}
     held_out = image_batches(subject, args.data_dir, args.images, **shared) if args.images else None
     test = image_batches(subject, args.data_dir, 10**9, **shared, split="test")
@@ -127,8 +127,8 @@ def _told(name: str, facts: dict[str, Any]) -> str:
     if facts["images"]:
         seen = ", which it was trained on" if facts["seen_in_training"] else ""
         lines.append(f"dead filters by {facts['images']} images{seen}")
-    for key, label in (("removed", "removed"), ("left", "left")):
-        lines += [f"  {label} in {layer}: {count}" for layer, count in facts[key].items()]
+    for key in ("removed", "left"):
+        lines += [f"  {key} in {layer}: {count}" for layer, count in facts[key].items()]
     lines.append(f"parameters {before['parameters']:,} -> {after['parameters']:,}")
     lines.append(f"multiply-accumulates {before['macs']:,} -> {after['macs']:,}")
     if "top1" in before:

@@ -96,6 +96,7 @@ def _measure(recipe: Any, args: argparse.Namespace) -> tuple[Any, list[Any]]:
     import json
 
     from ..diagnostics.cost import count_macs
+    from ..registry.checkpoint import WEIGHTS
     from ..study.results import LayerRow, Run, arm_of
     from ..training.many import held_out_accuracy
     from ..training.metrics import write_json
@@ -106,7 +107,7 @@ def _measure(recipe: Any, args: argparse.Namespace) -> tuple[Any, list[Any]]:
     path = folder / "diagnosis.json"
     diagnosis = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if diagnosis.get("images") != min(args.images, recipe.hold_out):
-        subject = of_run(recipe.name, folder / "model.safetensors")
+        subject = of_run(recipe.name, folder / WEIGHTS)
         diagnosis = {"macs": count_macs(subject.model, subject.input_size), **_diagnose(subject, args)}
         write_json(path, diagnosis)
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -144,12 +145,11 @@ def _measure(recipe: Any, args: argparse.Namespace) -> tuple[Any, list[Any]]:
 
 def _diagnose(subject: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Diagnose a run's model on held-out images."""
-    import torch
-
     from ..diagnostics import diagnose
     from .diagnose import image_batches
+    from .subject import best_device
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     batches = image_batches(subject, args.data_dir, args.images, device, subject.recipe.hold_out)
     return diagnose(subject.model.to(device), (images for images, _ in batches)).to_dict()
 

@@ -85,7 +85,7 @@ def load(
     from ..data import DATASETS
     from ..inference import load_model
     from ..registry.catalogue import is_name
-    from ..registry.checkpoint import SegmentationCheckpoint, find
+    from ..registry.checkpoint import WEIGHTS, SegmentationCheckpoint, find
     from ..training import load_recipe, recipe_names
 
     if dataset and dataset not in DATASETS:
@@ -95,7 +95,7 @@ def load(
     if called := _CALL.fullmatch(name):
         return Subject(name, _call(name, **called.groupdict()), "as made by the function")
     path = Path(name.removeprefix("local-dir:"))
-    file = path / "model.safetensors" if path.is_dir() else path
+    file = path / WEIGHTS if path.is_dir() else path
     if path.exists() and not is_name(name):
         if file.with_name("recipe.yaml").is_file():
             return of_run(name, file, pretrained is not False)
@@ -199,6 +199,8 @@ def _of_folder(name: str, file: Path, pretrained: bool) -> Subject:
     if '"_model_class"' in config.read_text(encoding="utf-8"):
         import segmentation_models_pytorch as smp
 
+        if not pretrained:
+            raise ValueError(f"{name} is a folder of smp, which is read with its weights alone")
         with redirect_stdout(io.StringIO()):  # the Hub's client prints that the folder is one
             model = smp.from_pretrained(str(file.parent)).eval()
     else:
@@ -246,3 +248,14 @@ def _call(name: str, module: str, function: str, arguments: str | None) -> Any:
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} is {type(model).__name__}, no torch.nn.Module")
     return model.eval()
+
+
+def best_device() -> Any:
+    """Where verbs measure models.
+
+    Returns:
+        The first GPU, or the CPU where there is none.
+    """
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -118,6 +118,7 @@ def _classification(args: argparse.Namespace, subject: Any) -> dict[str, Any]:
 
     from ..data import DATASETS, EvalLoader, load_split
     from ..training.evaluate import evaluate
+    from .subject import best_device
 
     if args.window or args.overlap is not None:
         raise ValueError(f"{args.name} is no segmentation model: --window and --overlap have no meaning for it")
@@ -126,7 +127,7 @@ def _classification(args: argparse.Namespace, subject: Any) -> dict[str, Any]:
         raise ValueError(f"{args.name} tells {subject.model.num_classes} classes apart, the data set has {classes}")
     config = subject.model.pretrained_cfg
     split = load_split(subject.dataset, "test", args.data_dir, download=args.download)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     loader = EvalLoader(
         split,
         args.batch_size,
@@ -149,12 +150,13 @@ def _segmentation(args: argparse.Namespace, subject: Any) -> dict[str, Any]:
     from ..data.scene_loader import EVAL_BATCH, SceneEvalLoader
     from ..data.scenes import load_scenes
     from ..training.task import Segmentation
+    from .subject import best_device
 
     window = {"window": args.window, "overlap": args.overlap}
     recipe = dataclasses.replace(subject.recipe, **{key: value for key, value in window.items() if value is not None})
     info = DATASETS[recipe.dataset]
     scenes = load_scenes(recipe.dataset, ("test",), args.data_dir, hold_out=0, download=args.download)[0]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     size = min(args.batch_size, EVAL_BATCH)
     settings: dict[str, Any] = {"mean": info.mean, "std": info.std, "device": device, "batch_size": size}
     loader = SceneEvalLoader(scenes, image_size=recipe.image_size, channels_last=True, **settings)

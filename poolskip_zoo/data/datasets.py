@@ -15,6 +15,7 @@ from .packs import data_file, read_pack
 
 SPLITS = ("train", "val", "test")
 DATA_DIR_VARIABLE = "POOLSKIP_DATA_DIR"
+HOLD_OUT = 5000  # training images held out, unless a recipe says otherwise
 HOLD_OUT_SEED = 20240913  # of the held-out images: the same for every recipe and every training seed
 _Arrays = tuple[np.ndarray, np.ndarray, list[str]]
 
@@ -202,7 +203,7 @@ def load_split(
     split: str,
     data_dir: str | os.PathLike[str] | None = None,
     *,
-    hold_out: int = 5000,
+    hold_out: int = HOLD_OUT,
     download: bool = False,
 ) -> Split:
     """Read one split of a data set into memory; arguments and errors as for `load_splits`.
@@ -221,7 +222,7 @@ def load_splits(
     splits: Sequence[str],
     data_dir: str | os.PathLike[str] | None = None,
     *,
-    hold_out: int = 5000,
+    hold_out: int = HOLD_OUT,
     download: bool = False,
 ) -> list[Split]:
     """Read splits of a data set into memory, each file once.

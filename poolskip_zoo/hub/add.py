@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from safetensors.torch import load_file
 
 from ..contexts import kept
 from ..registry.catalogue import base_name
-from ..registry.checkpoint import CARRIED, Checkpoint, SegmentationCheckpoint
+from ..registry.checkpoint import CARRIED, WEIGHTS, Checkpoint, SegmentationCheckpoint
 from ..registry.resolve import sha256_of
 from .card import write_card
-from .verify import WEIGHTS, verify_folder
+from .verify import verify_folder
 
 __all__ = ["add_run", "record_source"]
 
@@ -167,5 +166,5 @@ def _check_weights(path: Path) -> None:
     except SafetensorError as error:
         raise ValueError(f"{path} is no readable safetensors file: {error}") from error
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not math.isfinite(float(tensor.float().abs().max() if tensor.numel() else 0)):
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise ValueError(f"{path}: {key} is not finite")

@@ -17,11 +17,11 @@ from ..data import DATASETS
 from ..diagnostics.cost import count_macs, count_parameters
 from ..layers import pool_skip_modules
 from ..registry.catalogue import base_name, create_base
-from ..registry.checkpoint import SUFFIX, Checkpoint, SegmentationCheckpoint, find, timm_config
+from ..registry.checkpoint import SUFFIX, WEIGHTS, Checkpoint, SegmentationCheckpoint, find, timm_config
 from ..registry.segmentation import build_recorded, smp_config
 from . import segmentation
 from .template import BODY, CITATION, FILES_SECTION, TRAIN_FIRST, USE
-from .verify import WEIGHTS, checkpoint_cfg, checksums, golden
+from .verify import checkpoint_cfg, checksums, golden
 
 __all__ = ["card_text", "check_front_matter", "config", "result_rows", "write_card"]
 

@@ -3,6 +3,8 @@
 import tempfile
 from pathlib import Path
 
+from huggingface_hub.utils import LocalTokenNotFoundError
+
 from .. import __version__
 from ..registry.checkpoint import HUB_ORG, Checkpoint
 from ..registry.resolve import sha256_of
@@ -91,6 +93,6 @@ def _compare(record: Checkpoint, folder: Path, got: Path, repo: str) -> None:
 def _reason(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     text = " ".join(str(error).split())[:300]
-    if status in (401, 403) or type(error).__name__ == "LocalTokenNotFoundError":
+    if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
         return f"the Hub refuses ({text}). Log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
     return f"{type(error).__name__}: {text}. The same command goes on from here"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from timm.models import PretrainedCfg, create_model, get_arch_pretrained_cfgs
 from torch import nn
 
-from ..registry.checkpoint import Checkpoint, SegmentationCheckpoint
+from ..registry.checkpoint import WEIGHTS, Checkpoint, SegmentationCheckpoint
 from ..registry.resolve import local_folder, local_weights, sha256_of
 from ..registry.segmentation import build_recorded, load_weights
 from .segmentation import GOLDEN_SIZE
@@ -19,7 +19,6 @@ from .segmentation import GOLDEN_SIZE
 __all__ = [
     "FILES",
     "GOLDEN_TOLERANCE",
-    "WEIGHTS",
     "checkpoint_cfg",
     "checksums",
     "fetch_folder",
@@ -29,7 +28,6 @@ __all__ = [
     "verify_folder",
 ]
 
-WEIGHTS = "model.safetensors"
 _SUMS = "SHA256SUMS"
 _SUMMED = ("README.md", "config.json", "golden.safetensors", WEIGHTS)
 # All that a checkpoint's folder has, and so its repository on the Hub.

@@ -168,7 +168,7 @@ def check_rank(x: Tensor, dims: int) -> None:
 
 
 @torch.jit.unused
-def is_graph_capture() -> bool:
+def is_traced_or_exported() -> bool:
     """Whether torch traces or exports at the moment (scripting compiles: ask `torch.jit.is_scripting` where it counts).
 
     Returns:
@@ -203,7 +203,7 @@ def capture_stock() -> Iterator[None]:
 
 @torch.jit.unused
 def _captures_keys() -> bool:
-    return is_graph_capture() and not _stock_captures.count
+    return is_traced_or_exported() and not _stock_captures.count
 
 
 def _eager_maxima(x: Tensor, window: list[int]) -> Tensor:
@@ -300,7 +300,7 @@ def _leaves_sizes_open(x: Tensor) -> bool:
 
     For AOTInductor: at open sizes it pools partial windows or not, as the example has them (torch 2.14.1).
     """
-    if torch.jit.is_tracing() or not is_graph_capture() or torch.onnx.is_in_onnx_export():
+    if torch.jit.is_tracing() or not is_traced_or_exported() or torch.onnx.is_in_onnx_export():
         return False
     # Dynamo (strict export) takes symbolic sizes for int.
     return torch.compiler.is_dynamo_compiling() or any(not isinstance(size, int) for size in x.shape[2:])

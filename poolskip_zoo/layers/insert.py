@@ -16,6 +16,7 @@ __all__ = ["Place", "add_pool_skip", "pool_skip_modules", "remove_pool_skip", "r
 
 _logger = logging.getLogger(__name__)
 _LAYERS: dict[type[nn.Module], type[PoolSkip]] = {nn.Conv1d: PoolSkip1d, nn.Conv2d: PoolSkip2d, nn.Conv3d: PoolSkip3d}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -138,10 +139,18 @@ def _insert(model: nn.Module, place: Place, zero_init: bool) -> None:
         layer = TokenPoolSkip2d(place.channels, attach_grid(model), **options)
     else:
         layer = _layer_class(module)(place.channels, **options)
+    last = _CHANNELS_LAST.get(layer.conv.weight.dim())
+    if last and any(each.dim() == layer.conv.weight.dim() and _is_laid_out(each, last) for each in model.parameters()):
+        layer.to(memory_format=last)
     layer.after_bias = module.bias is not None
     layer.train(module.training)
     module.pool_skip = layer
     module.register_forward_hook(_apply_pool_skip)
+
+
+def _is_laid_out(weight: Tensor, memory_format: torch.memory_format) -> bool:
+    # Weights of 1×1 are contiguous in both layouts.
+    return weight.is_contiguous(memory_format=memory_format) and not weight.is_contiguous()
 
 
 def remove_pool_skip(model: ModelT) -> ModelT:

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .pool_skip import PoolSkip
 
@@ -213,7 +214,7 @@ def refuses(model: nn.Module, name: str) -> str:
     module = model.get_submodule(name)
     if not isinstance(module, (*CONVOLUTIONS, nn.Linear)):
         return f"is a {type(module).__name__}: only Conv1d/2d/3d and Linear (on a patch grid) can have Pool Skip"
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+    if is_lazy(module.weight):
         return "is lazy and has no channels yet: run the model once first"
     if not module.weight.is_floating_point():
         return f"has weights of {module.weight.dtype}: only those of floating-point ones can have Pool Skip"

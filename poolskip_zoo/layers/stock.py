@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["is_captured", "is_transformed", "pool_with_indices", "unpool"]
+__all__ = ["is_traced_or_compiled", "is_transformed", "pool_with_indices", "unpool"]
 
 
-def is_captured() -> bool:
+def is_traced_or_compiled() -> bool:
     """Whether torch traces, compiles or exports: then the graph is to hold the plain pair.
 
     Returns:
@@ -25,7 +25,7 @@ def is_transformed() -> bool:
         True within `torch.func` transforms, forward-mode AD and dispatch modes such as selective checkpointing's, and
         while a graph is captured.
     """
-    if is_captured() or torch._C._are_functorch_transforms_active():
+    if is_traced_or_compiled() or torch._C._are_functorch_transforms_active():
         return True
     return torch.autograd.forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() > 0
 
@@ -50,7 +50,7 @@ def pool_with_indices(x: Tensor, window: list[int]) -> tuple[Tensor, Tensor]:
     if dims == 1:
         return F.max_pool1d_with_indices(x, window, window, ceil_mode=True)
     pool = F.max_pool2d_with_indices if dims == 2 else F.max_pool3d_with_indices
-    if is_captured() or x.device.type != "cpu" or not x.is_contiguous() or x.shape[1] == 1:
+    if is_traced_or_compiled() or x.device.type != "cpu" or not x.is_contiguous() or x.shape[1] == 1:
         return pool(x, window, window, ceil_mode=True)
     by_channel = x.movedim(1, -1).contiguous().movedim(-1, 1)
     values, indices = pool(by_channel, window, window, ceil_mode=True)
@@ -73,7 +73,7 @@ def unpool(values: Tensor, indices: Tensor, window: list[int], size: torch.Size)
         The map, in the type and memory format of `values`.
     """
     device = values.device.type
-    if not is_captured() and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if not is_traced_or_compiled() and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         # On a CPU autocast would return float32, only for the convolution that follows to cast it back.
         with torch.autocast(device, enabled=False):
             return unpool(values, indices, window, size)

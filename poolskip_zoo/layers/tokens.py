@@ -106,7 +106,7 @@ class Grid(nn.Module):
                 self.table[(height * width) % self.slots] = height * self.base + width
             else:
                 self.height, self.width = height, width
-                if not _is_capture(height * width):
+                if not _is_symbolic(height * width):
                     self._latest[height * width] = (height, width)
                     self._of_thread.grids[height * width] = (height, width)
         return x
@@ -135,7 +135,7 @@ class Grid(nn.Module):
                     "run one scripted model at several image sizes?"
                 )
             return height, width
-        if _is_capture(tokens):
+        if _is_symbolic(tokens):
             return self.height, self.width
         return self._recall(tokens - self.prefix)
 
@@ -157,7 +157,7 @@ class Grid(nn.Module):
         return f"prefix={self.prefix}, fixed={self.fixed}"
 
 
-def _is_capture(size: int) -> bool:
+def _is_symbolic(size: int) -> bool:
     # Sizes are tensors while torch.jit traces, proxies while torch.fx does, and symbols in a dynamic export. Not
     # `is_compiling`, which tells of the whole process: other threads run eagerly meanwhile, at sizes of their own.
     return torch.compiler.is_dynamo_compiling() or not isinstance(size, int)

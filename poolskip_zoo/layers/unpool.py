@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import check_rank, first_maximum_mask, is_graph_capture, pool, pool_with_mask, to_window, upsample
+from .functional import check_rank, first_maximum_mask, is_traced_or_exported, pool, pool_with_mask, to_window, upsample
 
 __all__ = ["MaxPool1d", "MaxPool2d", "MaxPool3d", "MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d"]
 
@@ -45,7 +45,7 @@ class MaxPoolNd(nn.Module):
         single = x.dim() == dims + 1
         if single:
             x = x.unsqueeze(0)
-        if torch.jit.is_scripting() or is_graph_capture():
+        if torch.jit.is_scripting() or is_traced_or_exported():
             pooled, mask = pool(x, self.window, self.ceil_mode), first_maximum_mask(x, self.window, self.ceil_mode)
         else:
             pooled, mask = pool_with_mask(x, self.window, self.ceil_mode)
@@ -91,14 +91,14 @@ class _MaxUnpoolNd(nn.Module):
                 places = places.narrow(axis + 2, 0, size[axis])
         u = upsample(x, self.window, size)
         # Runtimes multiply faster than they select.
-        captured = torch.jit.is_scripting() or is_graph_capture()
+        captured = torch.jit.is_scripting() or is_traced_or_exported()
         u = u * places.to(x.dtype) if captured else torch.where(places, u, 0.0)
         return u.squeeze(0) if single else u
 
     @torch.jit.unused
     def _check_size(self, size: list[int], default: list[int], mask: Tensor) -> None:
         for got, usual, e, full in zip(size, default, self.window, mask.shape[2:], strict=True):
-            if is_graph_capture():
+            if is_traced_or_exported():
                 return
             if abs(got - usual) >= e or abs(full - usual) >= e:
                 raise ValueError(

@@ -33,7 +33,7 @@ def make_accelerator(recipe: Recipe, cpu: bool = False) -> Accelerator:
         The engine; under ``torchrun`` with its process group joined.
 
     Raises:
-        RuntimeError: If accelerate or matplotlib is missing.
+        ImportError: If accelerate, matplotlib or tqdm is missing.
         ValueError: If the device cannot do the recipe's precision.
     """
     try:
@@ -43,7 +43,7 @@ def make_accelerator(recipe: Recipe, cpu: bool = False) -> Accelerator:
         from accelerate.state import AcceleratorState
         from accelerate.utils import GradientAccumulationPlugin
     except ImportError as error:
-        raise RuntimeError(f"training needs {error.name}: pip install 'poolskip-zoo[train]'") from error
+        raise ImportError(f"training needs {error.name}: pip install 'poolskip-zoo[train]'") from error
     cpu = cpu or not torch.cuda.is_available()
     if cpu and recipe.precision == "fp16":
         raise ValueError("precision='fp16' needs a GPU: take bf16 or fp32 on a CPU")
@@ -68,7 +68,7 @@ def is_known(model: str) -> bool:
     import timm
 
     if not timm.is_model(model):
-        import poolskip_zoo.study  # noqa: F401
+        from .. import study  # noqa: F401
     return timm.is_model(model)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from ..contexts import write_atomic
 from ..data import DATASETS, TrainLoader
 from ..data.scene_loader import SceneTrainLoader
+from ..registry.checkpoint import WEIGHTS
 from . import build
 from .evaluate import Batches, describe
 from .metrics import Recorder, draw_curves, hardware, versions, write_json
@@ -364,7 +365,7 @@ class _Run:
         """Write weights, measure what was written, then write metrics and curves."""
         from safetensors.torch import load_file
 
-        recipe, path = self.recipe, self.folder / "model.safetensors"
+        recipe, path = self.recipe, self.folder / WEIGHTS
         if self.main:
             trained = self.ema.module if self.ema is not None else self.model
             save_weights(path, trained, getattr(torch, recipe.save_dtype))

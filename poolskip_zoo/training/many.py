@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from ..contexts import write_atomic
+from ..registry.checkpoint import WEIGHTS
 from .loop import train
 from .metrics import write_json
 from .recipe import RECIPE_DIR, Recipe, load_recipe, read_yaml
@@ -307,7 +308,7 @@ def split_weights(folder: Path, part_size: str) -> None:
         with tempfile.TemporaryDirectory(prefix=".tmp", dir=folder) as temporary:
             new = Path(temporary) / "parts"
             new.mkdir()
-            save_torch_state_dict(load_file(folder / "model.safetensors"), new, max_shard_size=part_size)
+            save_torch_state_dict(load_file(folder / WEIGHTS), new, max_shard_size=part_size)
             new.replace(parts)
 
 
@@ -322,7 +323,7 @@ def join_weights(folder: Path) -> None:
     """
     from safetensors.torch import load_file, save
 
-    path = folder / "model.safetensors"
+    path = folder / WEIGHTS
     if path.exists():
         return
     files = sorted((folder / "parts").glob("*.safetensors"))

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ..data.datasets import DATASETS, SegmentationInfo
+from ..data.datasets import DATASETS, HOLD_OUT, SegmentationInfo
 
 RECIPE_DIR = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -88,7 +88,7 @@ class Recipe:
     dataset: str
     model_args: dict[str, Any] = field(default_factory=dict)
     init: str = ""
-    hold_out: int = 5000
+    hold_out: int = HOLD_OUT
     train_images: int = 0
     image_size: int = 0
     sizes: list[list[int]] = field(default_factory=list)

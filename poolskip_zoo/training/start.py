@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..layers import pool_skip_modules
-from ..registry.checkpoint import find
+from ..registry.checkpoint import WEIGHTS, find
 from ..registry.resolve import local_weights
 from .recipe import Recipe
 from .state import run_folder
@@ -38,8 +38,8 @@ def init_file(recipe: Recipe, output: Path) -> Path:
     if path.name != recipe.init:
         raise FileNotFoundError(f"{recipe.name} starts from init={recipe.init!r}, and there is no such file")
     run = run_folder(output, dataclasses.replace(recipe, name=recipe.init, init=""))
-    if (run / "model.safetensors").is_file():
-        return run / "model.safetensors"
+    if (run / WEIGHTS).is_file():
+        return run / WEIGHTS
     checkpoint = find(recipe.init) if "." in recipe.init else None
     if checkpoint is None:
         raise FileNotFoundError(
@@ -97,5 +97,5 @@ def init_seconds(recipe: Recipe, path: Path) -> float:
     metrics = path.with_name("metrics.json")
     if metrics.is_file():
         return float(json.loads(metrics.read_text(encoding="utf-8")).get("seconds", 0))
-    checkpoint = None if Path(recipe.init).is_file() else find(recipe.init)
+    checkpoint = find(recipe.init) if "." in recipe.init and not Path(recipe.init).is_file() else None
     return 3600 * checkpoint.hours if checkpoint else 0.0

@@ -23,12 +23,13 @@ import yaml
 
 from ..contexts import explain_full_disk, write_atomic
 from ..data.augment import random_bits
+from ..registry.checkpoint import WEIGHTS
 from .recipe import Recipe, make_recipe, read_yaml
 
 CHECKPOINT = "last.pt"
 # All that is written into a run's folder
 FILES = (
-    *("recipe.yaml", CHECKPOINT, "metrics.jsonl", "model.safetensors", "config.json", "metrics.json", "curves.png"),
+    *("recipe.yaml", CHECKPOINT, "metrics.jsonl", WEIGHTS, "config.json", "metrics.json", "curves.png"),
     "tensorboard",
     *("scores.json", "parts"),  # of train-many
     "diagnosis.json",  # of study
@@ -63,7 +64,7 @@ def finished_metrics(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     Raises:
         ValueError: If the folder holds a run of another recipe, or a file in it is damaged.
     """
-    path, checkpoint, weights = (folder / name for name in ("metrics.json", CHECKPOINT, "model.safetensors"))
+    path, checkpoint, weights = (folder / name for name in ("metrics.json", CHECKPOINT, WEIGHTS))
     if not (path.exists() or checkpoint.exists() or weights.exists()):
         return None  # a run that ended before its first checkpoint, by its recipe perhaps, is none
     try:

@@ -81,7 +81,7 @@ def assert_same(got: Any, expected: Any) -> None:
 def alike(name: str, use: Callable[[nn.Module], Any], **kwargs: Any) -> bool:
     """Whether base and variant do the same with a model of these keywords: equal to the bit, or refused alike."""
     outcomes = []
-    for make in (lambda: pair(name, **kwargs)[0], lambda: pair(name, **kwargs)[1]):
+    for make in (lambda: create_base(name, **kwargs), lambda: pair(name, **kwargs)[1]):
         try:
             model = make()
             torch.manual_seed(3)

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from timm.layers import DropPath
-from timm.models._hub import save_for_hf
+from timm.models import save_for_hf
 from torch import nn
 
 from poolskip_zoo.layers import pool_skip_modules

@@ -8,7 +8,7 @@ from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
 from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3Decoder, DeepLabV3PlusDecoder
 
 from ...layers.placement import Rule, register_placements
-from .head import PoolSkipHead, checked_encoder
+from .head import PoolSkipHead, check_encoder
 
 __all__ = ["DeepLabV3PlusPoolSkip", "DeepLabV3PoolSkip"]
 
@@ -87,7 +87,7 @@ class DeepLabV3PoolSkip(PoolSkipHead, DeepLabV3):
             aux_params=aux_params,
             **kwargs,
         )
-        checked_encoder(self.encoder, encoder_name, kwargs)
+        check_encoder(self.encoder, encoder_name, kwargs)
         self._add_pool_skip(pool_skip)
 
 
@@ -153,5 +153,5 @@ class DeepLabV3PlusPoolSkip(PoolSkipHead, DeepLabV3Plus):
             aux_params=aux_params,
             **kwargs,
         )
-        checked_encoder(self.encoder, encoder_name, kwargs)
+        check_encoder(self.encoder, encoder_name, kwargs)
         self._add_pool_skip(pool_skip)

@@ -10,7 +10,7 @@ from ...layers.insert import add_pool_skip
 from ..mixin import checked_settings
 from .encoder import TimmEncoder
 
-__all__ = ["PoolSkipHead", "checked_encoder"]
+__all__ = ["PoolSkipHead", "check_encoder"]
 
 
 class PoolSkipHead(SegmentationModel):
@@ -31,7 +31,7 @@ class PoolSkipHead(SegmentationModel):
         self._is_torch_scriptable = getattr(self.encoder, "_is_torch_scriptable", True)
 
 
-def checked_encoder(encoder: nn.Module, name: str, kwargs: dict[str, Any]) -> nn.Module:
+def check_encoder(encoder: nn.Module, name: str, kwargs: dict[str, Any]) -> None:
     """Refuse keywords that smp drops without a word: only timm's encoders take any.
 
     Args:
@@ -39,13 +39,9 @@ def checked_encoder(encoder: nn.Module, name: str, kwargs: dict[str, Any]) -> nn
         name: its name.
         kwargs: keywords of the model that are none of its own.
 
-    Returns:
-        The encoder.
-
     Raises:
         ValueError: if there are keywords, not None, for an encoder that takes none.
     """
     ignored = sorted(key for key, value in kwargs.items() if value is not None)
     if ignored and not isinstance(encoder, (TimmEncoder, TimmUniversalEncoder)):
         raise ValueError(f"unknown keyword {', '.join(ignored)}: the encoder {name!r} takes none")
-    return encoder

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...layers.placement import Rule, register_placements
 from ...layers.pool_skip import PoolSkip
 from ...layers.unpool import MaxPool2d, MaxUnpool2d
-from .head import PoolSkipHead, checked_encoder
+from .head import PoolSkipHead, check_encoder
 
 __all__ = ["SegNet", "SegNetDecoder"]
 
@@ -107,7 +107,8 @@ class SegNet(PoolSkipHead):
         super().__init__()
         # By its module: registration puts ours in its place there.
         encoder: Any = encoders.get_encoder(encoder_name, in_channels, encoder_depth, encoder_weights, **kwargs)
-        self.encoder = checked_encoder(encoder, encoder_name, kwargs)
+        check_encoder(encoder, encoder_name, kwargs)
+        self.encoder = encoder
         channels = encoder.out_channels
         self.decoder = SegNetDecoder(channels, _layers(encoder, encoder_name, encoder_depth), decoder_use_norm)
         self.segmentation_head = SegmentationHead(channels[0], classes, activation=activation, kernel_size=3)

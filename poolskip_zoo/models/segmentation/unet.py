@@ -8,7 +8,7 @@ from segmentation_models_pytorch.base.hub_mixin import supports_config_loading
 from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
 
 from ...layers.placement import Rule, register_placements
-from .head import PoolSkipHead, checked_encoder
+from .head import PoolSkipHead, check_encoder
 
 __all__ = ["UnetPoolSkip"]
 
@@ -75,5 +75,5 @@ class UnetPoolSkip(PoolSkipHead, Unet):
             aux_params=aux_params,
             **kwargs,
         )
-        checked_encoder(self.encoder, encoder_name, kwargs)
+        check_encoder(self.encoder, encoder_name, kwargs)
         self._add_pool_skip(pool_skip)
