@@ -399,3 +399,17 @@ def test_every_recorded_file_in_hub_cards_loads():
             model = timm.create_model(record.name, pretrained=True)
         assert set(load_file(folder / record.name / "model.safetensors")) == set(model.state_dict())
     assert not [path for suffix in ("bin", "pth", "pt", "pkl") for path in folder.rglob(f"*.{suffix}")]
+
+
+def test_base_weights_by_checkpoint_path_name_the_way_out(tmp_path):
+    path = tmp_path / "base.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), path)
+    with pytest.raises(RuntimeError, match=r"Missing key.*\n.*no Pool Skip.*pretrained_cfg_overlay=\{'file': PATH\}"):
+        timm.create_model("test_resnet_poolskip", checkpoint_path=str(path))
+    model = timm.create_model("test_resnet_poolskip")
+    state = model.state_dict()
+    del state["fc.weight"]
+    with pytest.raises(RuntimeError, match="Missing key") as refused:
+        model.load_state_dict(state)
+    assert "Pool Skip" not in str(refused.value)
+    assert model.load_state_dict(state, strict=False).missing_keys == ["fc.weight"]

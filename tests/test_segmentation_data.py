@@ -61,6 +61,21 @@ def same(one: Scenes, two: Scenes) -> bool:
     return all(torch.equal(x, y) for pair in pairs for x, y in pair)
 
 
+def test_masks_of_one_bit_and_of_sixteen(tmp_path: Path) -> None:
+    write_camvid(tmp_path)
+    with ZipFile(tmp_path / "camvid.zip") as pack:
+        pack.extractall(tmp_path)
+    mask = np.arange(48 * 64).reshape(48, 64) % 2 == 0
+    path = tmp_path / "camvid" / "trainannot" / "0000.png"
+    Image.fromarray(mask).save(path)
+    assert Image.open(path).mode == "1"
+    (split,) = load_scenes("camvid", ("train",), tmp_path)
+    assert torch.equal(split.items[0][1], torch.from_numpy(mask.astype(np.uint8)))
+    Image.fromarray(mask.astype(np.uint16) * 300).save(path)
+    with pytest.raises(RuntimeError, match=r"train/0000\.webp or its labels cannot be read: the labels go up to 300"):
+        load_scenes("camvid", ("train",), tmp_path)
+
+
 def test_camvid_from_its_pack_and_from_its_folder(folder: Path, tmp_path: Path) -> None:
     splits = load_scenes("camvid", ("train", "val", "test"), folder)
     assert [len(split) for split in splits] == [12, 4, 4]

@@ -123,8 +123,12 @@ class _Lazy(Sequence):
 
 def _tensors(image: Any, labels: Any, table: np.ndarray) -> Item:
     """Turn two PIL images into an item, file values into labels by a table of 256."""
-    pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(table[np.asarray(labels)])
+    pixels, values = np.asarray(image.convert("RGB")).transpose(2, 0, 1), np.asarray(labels)
+    if values.size and values.max() > 255:
+        raise RuntimeError(f"the labels go up to {values.max()}, and 255 is the largest that a class can have")
+    # Of one bit per pixel they are truth values, by which NumPy would choose.
+    labels = table[values.astype(np.uint8)]
+    return torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels)
 
 
 def _table(name: str, label_of: dict[int, int] | None = None) -> np.ndarray:
@@ -148,7 +152,13 @@ def _read_camvid(folder: Path, split: str, download: bool) -> list[Item]:
         try:
             image, labels = (Image.open(io.BytesIO(each.read_bytes())) for each in (file, annotation))
             item = _tensors(image, labels, table)
-        except (KeyError, OSError, BadZipFile, zlib.error) as error:  # of PIL: OSError; of what a zip lacks: KeyError
+        except (
+            KeyError,
+            OSError,
+            RuntimeError,
+            BadZipFile,
+            zlib.error,
+        ) as error:  # of PIL: OSError; of what a zip lacks: KeyError
             raise RuntimeError(f"{place}: {split}/{file.name} or its labels cannot be read: {error}") from error
         if item[1].ndim != 2:
             raise RuntimeError(f"{place}: the labels of {split}/{file.name} are no picture of one channel")

@@ -149,7 +149,8 @@ class Grid(nn.Module):
             sizes = ", ".join(f"{h}x{w}" for h, w in known.values()) or "none yet"
             raise RuntimeError(
                 f"no patch grid of {patches} patches (and {self.prefix} prefix tokens), only {sizes}: Pool Skip needs "
-                f"every patch token in its place, and the patch embedding run before the blocks"
+                "every patch token in its place, and the patch embedding of its model run before the blocks. What was "
+                "copied out of it, as by PEFT's modules_to_save=['pool_skip'], is not of it (take 'pool_skip.conv')"
             )
         return known[patches]
 

@@ -1,6 +1,7 @@
 """What every registered Pool Skip model shares."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,6 +37,17 @@ class PoolSkipModel:
         super().init_weights(*args, **kwargs)  # type: ignore[misc]
         # The base initialises every convolution its own way; Pool Skip's keeps PyTorch's, as in the reference code.
         reset_pool_skip(self)  # type: ignore[arg-type]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+        except RuntimeError as error:
+            if any(".pool_skip." in key for key in state_dict):
+                raise
+            raise RuntimeError(
+                f"{error}\n\tThey have no Pool Skip. A base model's weights, with Pool Skip at zero: "
+                "timm.create_model(..., pretrained=True, pretrained_cfg_overlay={'file': PATH})"
+            ) from error
 
 
 def checked_settings(pool_skip: dict[str, Any] | None) -> dict[str, Any]:

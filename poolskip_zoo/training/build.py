@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.models import PretrainedCfg
 from torch import nn
 
+from ..contexts import evaluating
 from ..data import DATASETS, EvalLoader, Split, TrainLoader
 from ..data.augment import Augment
 from ..registry.catalogue import create_base
@@ -122,6 +123,34 @@ def create_classifier(name: str, dataset: str, model_args: Mapping[str, Any], im
     cfg = retrained_cfg(PretrainedCfg(**model.pretrained_cfg), dataset, image_size, model_args)
     model.pretrained_cfg = model.default_cfg = cfg.to_dict()
     return model
+
+
+def check_output(recipe: Recipe, model: nn.Module, sizes: Iterable[Sequence[int]]) -> None:
+    """Refuse a model that does not give images of a recipe's sizes, or each of their pixels, the data set's classes.
+
+    Args:
+        recipe: The run.
+        model: Its model, on the CPU.
+        sizes: Heights and widths of images.
+
+    Raises:
+        ValueError: Naming the size and what comes of it.
+    """
+    for height, width in sizes:
+        expected = [1, DATASETS[recipe.dataset].num_classes, *([height, width] if recipe.segments else [])]
+        try:
+            with evaluating(model), torch.no_grad():
+                output = model(torch.zeros(1, 3, height, width))
+            shape = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            said = "" if shape == expected else f"gives {shape}, not {expected}, for one image"
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            said = f"does not take images ({' '.join(str(error).split())})"
+        if said:
+            way_out = f": set model_args.img_size={height}, or model_args.dynamic_img_size=true for several sizes"
+            raise ValueError(
+                f"{recipe.model} with model_args={recipe.model_args} {said} of {height}×{width} pixels"
+                + (way_out if hasattr(model, "patch_embed") else "")
+            )
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..contexts import write_atomic
+from ..contexts import evaluating, write_atomic
 from ..data import DATASETS, TrainLoader
 from ..data.scene_loader import SceneTrainLoader
 from ..registry.checkpoint import WEIGHTS
 from . import build
 from .evaluate import Batches, describe
-from .metrics import Recorder, draw_curves, hardware, versions, write_json
+from .metrics import Recorder, draw_curves, finite, hardware, versions, write_json
 from .recipe import Recipe, make_recipe
 from .signals import hold_signals
 from .start import init_file, init_seconds, init_weights
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 GPU_CHECK_EVERY = 50  # steps between looks at the loss: each look waits for the GPU
+_STEADIER = "a lower lr or clip_grad may help"
 
 
 def train(
@@ -129,6 +130,7 @@ class _Run:
         self.task = make_task(recipe)
         torch.manual_seed(recipe.seed)
         model = self.task.make_model()
+        self.task.check_output(model)
         self.loader: TrainLoader | SceneTrainLoader
         self.val_loader: Batches | None
         # One process of each machine fetches the data, and the others find them.
@@ -275,9 +277,7 @@ class _Run:
         for offset, value in enumerate(values):
             if not math.isfinite(value):
                 where = f"epoch {self.epoch + 1}, step {start + offset + 1} of {self.loader.steps}"
-                raise RuntimeError(
-                    f"{self.recipe.name}: the loss is {value} at {where}; a lower lr or clip_grad may help"
-                )
+                raise RuntimeError(f"{self.recipe.name}: the loss is {value} at {where}; {_STEADIER}")
         if self.bar is not None:
             self.bar.set_postfix(epoch=self.epoch + 1, loss=f"{values[-1]:.3f}", refresh=False)
 
@@ -289,7 +289,7 @@ class _Run:
             "epoch": self.epoch,
             "step": self.epoch * self.loader.steps,
             "train_loss": self.losses.mean().item(),
-            **{f"val_{key}": scores and getattr(scores, key) for key in self.task.scores},
+            **{f"val_{key}": scores and finite(getattr(scores, key)) for key in self.task.scores},
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": round(speed, 1),
         }
@@ -327,6 +327,7 @@ class _Run:
                 {
                     "recipe": dataclasses.asdict(self.recipe),
                     "processes": self.accelerator.num_processes,
+                    "images": self.loader.count,
                     "epoch": self.epoch,
                     "step": self.step,
                     "seconds": self.seconds + time.perf_counter() - begun,
@@ -344,6 +345,11 @@ class _Run:
         """Load a checkpoint."""
         if make_recipe(state["recipe"]) != self.recipe:
             raise ValueError(f"{self.folder} holds a checkpoint of another recipe: start over with --no-resume")
+        if state.get("images", self.loader.count) != self.loader.count:
+            raise ValueError(
+                f"{self.folder} was begun with {state['images']} training images, and there are {self.loader.count}: "
+                "give it the same data, or start over with --no-resume"
+            )
         if state["processes"] != self.accelerator.num_processes and self.main:
             print(
                 f"{self.folder}: begun with {state['processes']} process(es), goes on with "
@@ -376,6 +382,10 @@ class _Run:
         if recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)
         scores = self._evaluate(model, full_precision=True)
+        if not self._is_finite(model, scores):
+            if self.main:
+                path.unlink()
+            raise RuntimeError(f"{recipe.name}: the trained model's loss is not finite; {_STEADIER}")
         speeds = sorted(row["images_per_second"] for row in self.history)
         metrics = {
             "name": recipe.name,
@@ -404,6 +414,13 @@ class _Run:
             write_json(self.folder / "metrics.json", metrics)
         self.accelerator.wait_for_everyone()
         return metrics
+
+    def _is_finite(self, model: nn.Module, scores: Any) -> bool:
+        """Whether a trained model's loss is finite; its logits for some training images where none are held out."""
+        if scores:
+            return math.isfinite(scores.loss)
+        with evaluating(model), torch.no_grad():
+            return bool(model(self.loader.batch(0, 0)[0]).isfinite().all())
 
     def close(self) -> None:
         """Let others into the folder, close the records and the progress bar."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,18 @@ def write_json(path: Path, value: Any) -> None:
         RuntimeError: If the disk is full.
     """
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def finite(value: float) -> float | None:
+    """Turn a number into what JSON takes.
+
+    Args:
+        value: The number.
+
+    Returns:
+        The number, or None of one that is not finite.
+    """
+    return value if math.isfinite(value) else None
 
 
 class Recorder:

@@ -41,6 +41,12 @@ class Classification:
         first = {"pretrained": False} if trained and "pretrained" in self.recipe.model_args else {}
         return build.make_model(dataclasses.replace(self.recipe, model_args={**self.recipe.model_args, **first}))
 
+    def check_output(self, model: nn.Module) -> None:
+        """Refuse a model that does not take the recipe's images."""
+        own = self.recipe.image_size or DATASETS[self.recipe.dataset].image_size
+        sizes = {own, *(size for _, size in self.recipe.sizes)}
+        build.check_output(self.recipe, model, [(size, size) for size in sorted(sizes)])
+
     def make_loaders(
         self, data_dir: DataDir, download: bool, accelerator: Accelerator
     ) -> tuple[TrainLoader, EvalLoader | None]:
@@ -84,6 +90,10 @@ class Segmentation:
         """Make the model; for trained weights without the encoder's first ones, which may have to be fetched."""
         model_args = {**self.recipe.model_args, **({"encoder_weights": None} if trained else {})}
         return create_segmentation(self.recipe.model, model_args, self.info.num_classes)
+
+    def check_output(self, model: nn.Module) -> None:
+        """Refuse a model that does not take the recipe's images."""
+        build.check_output(self.recipe, model, [self.recipe.crop_size])
 
     def make_loaders(
         self, data_dir: DataDir, download: bool, accelerator: Accelerator
