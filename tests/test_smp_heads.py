@@ -203,6 +203,13 @@ def test_wrong_settings_are_refused(match, settings):
         make("unet_poolskip", **{"encoder_depth": 3, **settings})
 
 
+@pytest.mark.filterwarnings("ignore:The usage of decoder_use_batchnorm")
+@pytest.mark.parametrize("encoder", ["resnet18", "test_resnet_poolskip"])
+def test_smps_old_name_of_a_keyword_is_taken(encoder):
+    net = smp.create_model("unet_poolskip", encoder, None, decoder_use_batchnorm=False)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in net.decoder.modules())
+
+
 def test_an_unknown_keyword_is_refused_by_timm():
     with pytest.raises(TypeError, match="decoder_chanels"):
         make("unet_poolskip", decoder_chanels=[1])

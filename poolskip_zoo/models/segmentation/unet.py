@@ -75,5 +75,6 @@ class UnetPoolSkip(PoolSkipHead, Unet):
             aux_params=aux_params,
             **kwargs,
         )
+        kwargs.pop("decoder_use_batchnorm", None)  # smp's old name of decoder_use_norm
         check_encoder(self.encoder, encoder_name, kwargs)
         self._add_pool_skip(pool_skip)
