@@ -40,4 +40,4 @@ def test_it_runs(script: str, words: str, said: str, tmp_path: Path) -> None:
 def test_every_benchmark_is_run() -> None:
     """But those that need environments of their own, and what they share."""
     scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts - {script for script, *_ in RUNS} == {"tf2onnx_segnet.py", "turns.py"}
+    assert scripts - {script for script, *_ in RUNS} == {"tf2onnx_segnet.py", "onnx_files.py", "turns.py"}
