@@ -112,9 +112,14 @@ def check_output(path: str | Path, *suffixes: str) -> Path:
         The path.
 
     Raises:
-        ValueError: if the path ends otherwise, a file's is that of a folder, or its own folder cannot be written.
+        ValueError: if the path ends otherwise or is no UTF-8, a file's is that of a folder, or its own folder cannot be
+            written.
     """
     path = Path(path)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"path={str(path)!r}: expected a name in UTF-8, which all writers take") from error
     if path.suffix not in suffixes:
         raise ValueError(f"path={str(path)!r}: expected a name that ends in {' or '.join(suffixes)}")
     if path.is_dir() and path.suffix != ".mlpackage":

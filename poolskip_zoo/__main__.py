@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-_USAGE = "usage: python -m poolskip_zoo SCRIPT [ARGS…]  or  python -m poolskip_zoo -m MODULE [ARGS…]"
+_USAGE = "usage: python -m poolskip_zoo SCRIPT [ARGS ...]  or  python -m poolskip_zoo -m MODULE [ARGS ...]"
 
 
 def main() -> None:
@@ -52,9 +52,10 @@ def _exists(module: str) -> bool:
 def _run_script(script: Path) -> None:
     # Not runpy.run_path: it leaves `__file__` relative, which a script that changes its directory cannot use.
     if not script.is_file():
-        raise SystemExit(f"poolskip_zoo: no such script: {script}")
-    # python SCRIPT puts the script's folder first, in place of the working directory.
-    sys.path[0] = str(script.resolve().parent)
+        raise SystemExit(f"poolskip_zoo: no such script: {script} (the package's own command is `poolskip`)")
+    # python SCRIPT puts the script's folder first, in place of the working directory; with -P neither is there.
+    if not getattr(sys.flags, "safe_path", False):  # 3.11
+        sys.path[0] = str(script.resolve().parent)
     module = ModuleType("__main__")
     module.__file__ = str(script.absolute())
     sys.modules["__main__"] = module

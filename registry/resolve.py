@@ -134,9 +134,10 @@ def _roots() -> Iterator[Path]:
         yield cards
     mirror = os.environ.get(HUB_DIR_VARIABLE)
     if mirror:
-        if not Path(mirror).is_dir():
+        folder = Path(mirror).expanduser()
+        if not folder.is_dir():
             raise RuntimeError(f"{HUB_DIR_VARIABLE}={mirror!r} is no folder")
-        yield Path(mirror)
+        yield folder
     spec = importlib.util.find_spec("poolskip_zoo_weights")
     if spec is not None and spec.origin:
         yield Path(spec.origin).parent
@@ -148,7 +149,7 @@ def _from_hub(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None) 
     cache = None if cache_dir is None else os.fspath(cache_dir)
     repo, _, revision = checkpoint.hub_id.partition("@")
     if not revision:
-        raise RuntimeError(_no_file(checkpoint, "it is not published there yet"))
+        raise RuntimeError(_no_file(checkpoint, "it is not published there yet", published=False))
     # The sha256 decides, so a cached file needs no question to the Hub, which offline takes the client 25 s.
     cached = huggingface_hub.try_to_load_from_cache(repo, WEIGHTS, cache_dir=cache, revision=revision)
     if isinstance(cached, str) and Path(cached).is_file():
@@ -162,19 +163,23 @@ def _from_hub(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None) 
 
 
 def _connect() -> None:
-    """Raise ConnectionError at once where the client would try for long; what is behind a proxy is left to it."""
+    """Raise ConnectionError at once where the client would try for long."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError("HF_HUB_OFFLINE is set and the cache has no copy")
-    url = urlsplit(constants.ENDPOINT)
-    host, port = url.hostname or "", url.port or (443 if url.scheme == "https" else 80)
-    if {url.scheme, "all"} & getproxies().keys() and not proxy_bypass(host):
-        return
+    url, proxies = urlsplit(constants.ENDPOINT), getproxies()
+    if not url.hostname:
+        raise ConnectionError(f"HF_ENDPOINT={constants.ENDPOINT!r} is no address, which begins with https://")
+    proxy, said = proxies.get(url.scheme) or proxies.get("all"), url.hostname
+    if proxy and not proxy_bypass(url.hostname):
+        url = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+        said = f"the proxy {proxy!r}, by which {said} is asked for,"
     try:
-        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
-    except OSError as error:
-        raise ConnectionError(f"{host} cannot be reached ({error})") from error
+        port = url.port or {"https": 443, "socks5": 1080, "socks5h": 1080}.get(url.scheme, 80)
+        socket.create_connection((url.hostname or "", port), timeout=_CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:  # ValueError: of a port that is no number
+        raise ConnectionError(f"{said} cannot be reached ({error})") from error
 
 
 def _reason(error: Exception, revision: str) -> str:
@@ -199,14 +204,15 @@ def _reason(error: Exception, revision: str) -> str:
     return next((words for applies, words in known if applies), plain)
 
 
-def _no_file(checkpoint: Checkpoint, reason: str) -> str:
+def _no_file(checkpoint: Checkpoint, reason: str, published: bool = True) -> str:
     repo = checkpoint.hub_id.partition("@")[0]
     start = next((name for name in warm_starts() if name.partition(".")[0] == checkpoint.arch), None)
     return (
         f"cannot get the weights of {checkpoint.name} ({WEIGHTS} of {repo} on the Hugging Face Hub): {reason}. Ways "
-        f"out: connect to the network and try again; put the file into {checkpoint.name}/ of hub_cards/ in a checkout "
-        f"or of the folder that {HUB_DIR_VARIABLE} names (`poolskip hub pull` fills one); load your own with "
-        "pretrained_cfg_overlay={'file': PATH}"
+        f"out: {'connect to the network and try again; ' if published else ''}install the package "
+        "poolskip-zoo-weights, which `make weights-wheel` builds in a checkout; put the file into "
+        f"{checkpoint.name}/ of hub_cards/ in a checkout or of the folder that {HUB_DIR_VARIABLE} names (`poolskip hub "
+        "pull` in a checkout fills one); load your own with pretrained_cfg_overlay={'file': PATH}"
         + (f"; start from the base model's weights with {start!r}, a warm start" if start else "")
     )
 

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -199,14 +201,19 @@ def test_top_out_of_range(capsys):
     assert "--top 11: expected 1 to 10" in capsys.readouterr().err
 
 
-def test_a_reader_that_has_enough_is_no_error():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_enough_is_no_error(unbuffered):
     script = "import sys; from poolskip_zoo.cli import main; sys.exit(main(['list']))"
-    with subprocess.Popen(
-        [sys.executable, "-u", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    command, env = [sys.executable, "-c", script], {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+    if not Path("/dev/full").exists():  # of Linux
+        return
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (2, "poolskip: error: [Errno 28] No space left on device\n")
 
 
 def test_a_segmentation_checkpoint_s_folder_is_diagnosed(capsys):

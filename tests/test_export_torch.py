@@ -1,6 +1,7 @@
 """TorchScript and torch.export files: several sizes, and loading without this package."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -238,6 +239,8 @@ def test_options_are_checked(tmp_path):
         to_torchscript(model, x, tmp_path / "net.pt", "jit")
     with pytest.raises(ValueError, match=r"ends in \.pt or "):
         to_torchscript(model, x, tmp_path / "net.onnx")
+    with pytest.raises(ValueError, match="expected a name in UTF-8"):
+        to_exported_program(model, x, os.fsdecode(b"/tmp/\xfc.pt2"))
     with pytest.raises(ValueError, match=r"\.pt2"):
         to_exported_program(model, x, tmp_path / "net.pt")
     with pytest.raises(ValueError, match=r"model\.eval"):

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -224,6 +226,18 @@ def test_pull_makes_a_mirror(trained, tmp_path, capsys, monkeypatch):
     rewrite(tmp_path / "mirror" / NAME / WEIGHTS, b"")
     assert main(["hub", "pull", NAME, "--to", str(tmp_path / "mirror")]) == 2
     assert "not the recorded file" in capsys.readouterr().err
+
+
+def test_two_pulls_at_once(trained, tmp_path, monkeypatch):
+    record, _ = trained
+
+    def late(copy, target):
+        shutil.copytree(copy, target)
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(os, "replace", late)
+    assert verify_folder(record, pull(record, tmp_path / "mirror")) < GOLDEN_TOLERANCE
+    assert [each.name for each in (tmp_path / "mirror").iterdir()] == [NAME]
 
 
 def test_pull_and_verify_from_the_hub(on_hub, tmp_path, capsys):

@@ -170,6 +170,13 @@ def test_what_is_behind_a_proxy_is_left_to_the_client(hub, monkeypatch, variable
         resolve._connect()
     monkeypatch.setenv(variable, hub.url)
     resolve._connect()
+    for proxy in ("http://127.0.0.1:9", "nonsense.invalid", "http://127.0.0.1:x"):
+        monkeypatch.setenv(variable, proxy)
+        with pytest.raises(ConnectionError, match=rf"the proxy '{proxy}', by which hub\.invalid is asked for"):
+            resolve._connect()
+    set_client(monkeypatch, ENDPOINT="hub.invalid")
+    with pytest.raises(ConnectionError, match=r"HF_ENDPOINT='hub\.invalid' is no address, which begins with https://"):
+        resolve._connect()
 
 
 def test_an_unreachable_hub_does_not_matter_with_a_cache(on_hub, hub, made):

@@ -1,6 +1,7 @@
 """`python -m poolskip_zoo SCRIPT …` is `python SCRIPT …` with our models registered, and so is `-m MODULE`."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -51,6 +52,16 @@ def test_a_script_runs_as_under_python(folder):
     assert seen["main"]
     assert seen == expected
     assert (ours.returncode, plain.returncode) == (3, 3)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="python -P is of 3.11")
+def test_the_safe_path_stays(tmp_path):
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "of_the_user.py").touch()
+    (tmp_path / "script.py").write_text("import of_the_user")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "library")}
+    command = [sys.executable, "-P", "-m", "poolskip_zoo", "script.py"]
+    assert subprocess.run(command, cwd=tmp_path, env=env).returncode == 0
 
 
 def test_a_module_runs_as_under_python(folder):

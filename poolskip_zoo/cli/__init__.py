@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import ModuleType
 
 from safetensors import SafetensorError
@@ -38,16 +39,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(verbs.add_parser(verb, help=module.HELP, description=module.HELP))
     args = parser.parse_args(argv)
     try:
-        return _module(args.verb).run(args)
-    except BrokenPipeError:  # `| head` has read enough; Python would complain again when it closes the stream
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = _module(args.verb).run(args)
+        _flush()
+        return code
+    except BrokenPipeError:  # `| head` has read enough
+        with suppress(OSError):
+            _flush()
         return 141
     except (ValueError, RuntimeError, OSError, ImportError, SafetensorError) as error:
         print(f"poolskip: error: {' '.join(str(error).split())}", file=sys.stderr)
+        with suppress(OSError):
+            _flush()
         return 2
     except KeyboardInterrupt:
         print("poolskip: interrupted", file=sys.stderr)
         return 130
+
+
+def _flush() -> None:
+    """Write what waits for standard output; where that fails, Python must not try again at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _module(verb: str) -> ModuleType:

@@ -77,6 +77,7 @@ def _check_top(top: int, labels: list[str]) -> None:
 def _segment(args: argparse.Namespace, subject: Any) -> int:
     """Write an overlay for each image, and print the classes with most pixels."""
     import json
+    import os
     from pathlib import Path
 
     from ..inference import Segmenter, draw_segments, read_image
@@ -90,6 +91,8 @@ def _segment(args: argparse.Namespace, subject: Any) -> int:
     _check_top(args.top, segmenter.labels)
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output {folder} cannot be written")
     for path, stem in zip(args.images, stems, strict=True):
         image = read_image(path)
         labels = segmenter([image])[0]

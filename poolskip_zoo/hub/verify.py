@@ -204,7 +204,12 @@ def pull(record: Checkpoint, to: Path) -> Path:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, copy / name)
         verify_folder(record, copy)
-        os.replace(copy, target)
+        try:
+            os.replace(copy, target)
+        except OSError:  # another process was first
+            if not target.is_dir():
+                raise
+            verify_folder(record, target)
     return target
 
 
