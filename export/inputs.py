@@ -129,15 +129,15 @@ def run_at(model: nn.Module, inputs: list[tuple[Any, ...]]) -> list[tuple[Any, .
         The inputs.
 
     Raises:
-        RuntimeError: with what the model says of a size that it does not take, be it by an assert or a ValueError.
+        RuntimeError: with what the model says of a size that it does not take, by whatever error.
         ValueError: if it returns other things than tensors and None.
     """
     for args in inputs:
         try:
             with torch.no_grad():
                 outputs = tree_leaves(model(*args))
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise RuntimeError(first_line(error)) from error
+        except Exception as error:  # whatever a model raises
+            raise RuntimeError(first_line(error) or type(error).__name__) from error
         for i, each in enumerate(outputs, 1):
             if not (each is None or isinstance(each, Tensor)):
                 raise ValueError(

@@ -1,6 +1,7 @@
 """TorchScript and torch.export files: several sizes, and loading without this package."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -133,6 +134,13 @@ def test_models_with_a_path_for_squares_or_even_or_small_sizes_are_refused(suffi
         lambda x: x.shape[0] == 7,
         lambda x: x.shape[-1] == x.shape[-2] + 13,
         lambda x: x.shape[-1] * x.shape[-2] > 100_000,
+        lambda x: math.ceil(x.shape[-1] / 3) % 5 == 0,
+        # Behind other choices.
+        lambda x: tuple(x.shape[2:]) == (224, 224),
+        lambda x: x.shape[-1] > 200 and x.shape[-1] % 7 == 0,
+        lambda x: x.shape[-1] >= 290 and x.shape[-1] >= 320,
+        lambda x: x.shape[-1] <= 100 and x.shape[-1] == 11,
+        lambda x: (x.shape[-1] % 7 == 0 and x.shape[-1] > 300) if x.shape[-1] > 200 else (x.shape[-1] % 7 == 9),
     ],
 )
 def test_a_path_at_sizes_that_no_list_holds_is_found_by_torch_s_checks(suffix, condition, tmp_path):
@@ -140,6 +148,40 @@ def test_a_path_at_sizes_that_no_list_holds_is_found_by_torch_s_checks(suffix, c
     with pytest.raises((ValueError, RuntimeError), match=r"takes another path at inputs|outputs differ"):
         write(Branches(condition).eval(), torch.randn(1, 3, 48, 64), tmp_path / f"net.{suffix}", dynamic=OPEN)
     assert not list(tmp_path.iterdir())
+
+
+class Two(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, z):
+        return self.function(Branches(lambda x: False)(x), z)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda x, z: (x + z) * (2 if z.shape[-1] % 5 == 0 else 1), (1, 3, 64, 64)),
+        (lambda x, z: x * (2 if x.shape[0] == 5 else 1) * z[:, :, None, None], (1, 3)),
+        (lambda x, z: (x * z, x.mean() if x.shape[-1] > 300 else None), (1, 3, 64, 64)),
+        (lambda x, z: (x * z, x.mean() if x.shape[-1] < 300 else None), (1, 3, 64, 64)),
+        (lambda x, z: x * z * (2 if int(x.shape[-1]) == 333 else 1), (1, 3, 64, 64)),
+    ],
+)
+def test_sizes_that_two_inputs_share_and_outputs_that_come_and_go(function, shape, tmp_path):
+    with pytest.raises(ValueError, match=r"another path at inputs|it fixes width at"):
+        to_onnx(
+            Two(function).eval(), (torch.randn(1, 3, 64, 64), torch.randn(shape)), tmp_path / "net.onnx", dynamic=OPEN
+        )
+
+
+@pytest.mark.parametrize(
+    "scale", [lambda size: [1.0, 1.0][0 if size < 300 else 5], lambda size: size // (size // 30) / 5]
+)
+def test_sizes_at_which_a_model_fails_are_passed_over(scale, tmp_path):
+    model = Two(lambda x, z: x * z * scale(x.shape[-1])).eval()
+    to_onnx(model, (torch.randn(1, 3, 64, 64), torch.randn(1, 3, 64, 64)), tmp_path / "net.onnx", dynamic=OPEN)
 
 
 class Multiples(Branches):
