@@ -27,7 +27,7 @@ Sizes = dict[str, int]  # of every axis of every argument
 _TORCH = str(Path(torch.__file__).parent)
 _NAMES = {"math": math, "torch": torch}  # in what torch prints
 _TRIES = 3  # sizes per check: a model may refuse the nearest
-_RUNS = 12  # on symbols; each takes about half of the time of a capture
+_RUNS = 6  # on symbols; each takes about half of the time of a capture
 
 
 def beyond_guards(
@@ -53,7 +53,7 @@ def beyond_guards(
     Yields:
         Arguments that the model takes, where some were found.
     """
-    taken, refused, known = list(inputs), list[Sizes](), set[tuple[str, frozenset[str]]]()
+    taken, tried, known = list(inputs), [_sizes(args) for args in inputs], set[tuple[str, frozenset[str]]]()
     queue = [inputs[0]] if reach else []
     for at in queue:
         try:
@@ -70,14 +70,14 @@ def beyond_guards(
             known |= {(guard.code, behind), (guard.opposite, behind)}
             found = next((args for args in taken if guard.is_first_broken(_sizes(args), before)), None)
             near = [sizes for sizes, broken in choices if guard in broken] if found is None else []
-            for sizes in [each for each in near[:_TRIES] if each not in refused]:
+            for sizes in [each for each in near[:_TRIES] if each not in tried]:
                 args = _resized(at, sizes)
+                tried.append(sizes)
                 if list(taken_of(model, [args])):
                     found = args
                     taken.append(args)
                     yield args
                     break
-                refused.append(sizes)
             if found is not None and guard.own and len(queue) <= _RUNS and all(found is not each for each in queue):
                 queue.append(found)
 
