@@ -137,7 +137,7 @@ def run_at(model: nn.Module, inputs: list[tuple[Any, ...]]) -> list[tuple[Any, .
             with torch.no_grad():
                 outputs = tree_leaves(model(*args))
         except Exception as error:  # whatever a model raises
-            raise RuntimeError(first_line(error) or type(error).__name__) from error
+            raise RuntimeError(first_line(error)) from error
         for i, each in enumerate(outputs, 1):
             if not (each is None or isinstance(each, Tensor)):
                 raise ValueError(
