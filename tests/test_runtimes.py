@@ -316,6 +316,7 @@ def test_web(browser, lowering):
 def test_nncf_keeps_the_masks_that_it_is_told_to_leave(tmp_path, window):
     """With its defaults it rounds one side of the masks' comparison."""
     nncf, openvino = (pytest.importorskip(package) for package in ("nncf", "openvino"))
+    torch.manual_seed(0)
     before = torch.nn.Conv2d(4, 4, 1, bias=False)
     torch.nn.init.dirac_(before.weight)
     model = torch.nn.Sequential(before, PoolSkip2d(4, pool_size=window)).eval()
