@@ -152,13 +152,8 @@ def _read_camvid(folder: Path, split: str, download: bool) -> list[Item]:
         try:
             image, labels = (Image.open(io.BytesIO(each.read_bytes())) for each in (file, annotation))
             item = _tensors(image, labels, table)
-        except (
-            KeyError,
-            OSError,
-            RuntimeError,
-            BadZipFile,
-            zlib.error,
-        ) as error:  # of PIL: OSError; of what a zip lacks: KeyError
+        # Of PIL: OSError; of what a zip lacks: KeyError; of values that are no labels: RuntimeError.
+        except (KeyError, OSError, RuntimeError, BadZipFile, zlib.error) as error:
             raise RuntimeError(f"{place}: {split}/{file.name} or its labels cannot be read: {error}") from error
         if item[1].ndim != 2:
             raise RuntimeError(f"{place}: the labels of {split}/{file.name} are no picture of one channel")
