@@ -12,13 +12,13 @@ def floor():
     """Write x in place of the sparse map, and check nothing."""
     module = sys.modules[to_onnx.__module__]
     verify, verify_blocks = module.verify, module.verify_blocks
-    kept = Writer.place, module._flips, verify_blocks.check_blocks, verify.check_outputs, verify.judge
-    Writer.place, module._flips = (lambda self, *_: self.op.Identity(self.x)), (lambda *_: {})
+    kept = Writer.write, module._flips, verify_blocks.check_blocks, verify.check_outputs, verify.judge
+    Writer.write, module._flips = (lambda self, *_: self.op.Identity(self.x)), (lambda *_: {})
     verify_blocks.check_blocks, verify.check_outputs, verify.judge = (lambda *_: 0), (lambda *_: {}), (lambda *_: None)
     try:
         yield
     finally:
-        Writer.place, module._flips, verify_blocks.check_blocks, verify.check_outputs, verify.judge = kept
+        Writer.write, module._flips, verify_blocks.check_blocks, verify.check_outputs, verify.judge = kept
 
 
 def in_onnxruntime(path):

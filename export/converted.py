@@ -255,9 +255,9 @@ def _side_by_side(blocks: list[dict[str, Any]]) -> nn.Module:
 
 
 def _unpooled(x: Tensor, window: list[int], ceil_mode: bool, own: bool) -> Tensor:
-    pooled, indices = verify.pool_with_indices(x, window, ceil_mode)
+    pooled, indices = verify.torch_pool(x, window, ceil_mode)
     # Other values, of sizes that follow from the map's.
-    return verify.unpool(pooled if own else -pooled, indices, list(x.shape[2:]))
+    return verify.torch_unpool(pooled if own else -pooled, indices, list(x.shape[2:]))
 
 
 def _flips(lowered: Lowered, make: Make, path: Path) -> dict[str, float]:

@@ -94,8 +94,5 @@ def scatter(values: Tensor, indices: Tensor, size: list[int]) -> Tensor:
     """
     start = values.dim() - len(size)
     outer = list(values.shape[:start])
-    cells = 1
-    for each in size:
-        cells = cells * each
-    zeros = torch.zeros([*outer, cells], dtype=values.dtype, device=values.device)
+    zeros = torch.zeros([*outer, math.prod(size)], dtype=values.dtype, device=values.device)
     return zeros.scatter(start, indices.flatten(start), values.flatten(start)).view([*outer, *size])

@@ -288,7 +288,7 @@ def first_fit(
             f"the model does not export at inputs {shapes}: {first_line(failure)}; give an example that it takes"
         ) from failure
     raise ValueError(
-        f"the model does not run at every size of {', '.join(dynamic)}: {first_line(failure)}; "
+        f"the model does not run at every size of {', '.join(dynamic)}: {first_line(failure).rstrip('.')}; "
         f"leave fewer axes open (dynamic=('batch',), or () for none) and give an example of the size to fix{way_out}"
     ) from failure
 

@@ -190,7 +190,7 @@ def lower_program(
             each.replace_all_uses_with(unpooling)
             graph.erase_node(each)
         pair = Pair(unpooling)
-        wanted = lowering if pair.pooling is None else choice.choose(pair.window, lowering)
+        wanted = lowering if pair.pooling is None else choice.choose(pair.pooling.window, lowering)
         if wanted != "scatter":
             pair.check_indices()
         reason = None if wanted == "scatter" else pair.misfit()

@@ -138,17 +138,18 @@ def _made(node: Any) -> Any:
 class _Pooling:
     """The arguments of a pooling."""
 
-    def __init__(self, pooling: Any) -> None:
-        _, kernel, stride, padding, dilation, ceil_mode = (*pooling.args, *[None] * 5)[:6]
+    def __init__(self, node: Any) -> None:
+        _, kernel, stride, padding, dilation, ceil_mode = (*node.args, *[None] * 5)[:6]
         given = {"stride": stride, "padding": padding, "dilation": dilation, "ceil_mode": ceil_mode}
-        given.update(pooling.kwargs)
-        axes = POOLS[pooling.target]
+        given.update(node.kwargs)
+        axes = POOLS[node.target]
+        self.node = node
         self.window = _spread(kernel, axes)
         self.stride = _spread(given["stride"], axes) or self.window
         self.padding = _spread(given["padding"], axes) or [0] * axes
         self.dilation = _spread(given["dilation"], axes) or [1] * axes
         self.ceil_mode = bool(given["ceil_mode"])
-        self.x = pooling.args[0]
+        self.x = node.args[0]
         self.batched = _value(self.x).dim() == axes + 2
 
     def misfit(self) -> str | None:
@@ -162,7 +163,7 @@ class _Pooling:
         return None
 
 
-class Pair(_Pooling):
+class Pair:
     """An unpooling and the pooling that made its indices, if one did.
 
     Args:
@@ -174,9 +175,7 @@ class Pair(_Pooling):
         self.dims = UNPOOLS[unpooling.target]
         self.place = f"node {unpooling.name!r} ({source(unpooling)})"
         self.indices = root(unpooling.args[1])
-        self.pooling = self.indices.args[0] if from_pool(self.indices) else None
-        if self.pooling is not None:
-            super().__init__(self.pooling)
+        self.pooling = _Pooling(self.indices.args[0]) if from_pool(self.indices) else None
 
     def check_indices(self) -> None:
         """Refuse indices that are made elsewhere, leave the model or are computed with.
@@ -197,19 +196,21 @@ class Pair(_Pooling):
                     waiting.append(user)
                 elif user.target not in UNPOOLS:
                     what = "leave the model" if user.op == "output" else f"are computed with in {user.name!r}"
-                    raise ValueError(f"{self.place}: its indices {what} ({source(self.pooling)}){way_out}")
+                    raise ValueError(f"{self.place}: its indices {what} ({source(self.pooling.node)}){way_out}")
 
     def misfit(self) -> str | None:
         """Why only an index tensor describes the pair, or None."""
-        if reason := super().misfit():
+        assert self.pooling is not None
+        if reason := self.pooling.misfit():
             return reason
-        if self.batched != (_value(self.unpooling.args[0]).dim() == self.dims + 2):
+        window, batched, x = self.pooling.window, self.pooling.batched, _value(self.pooling.x)
+        if batched != (_value(self.unpooling.args[0]).dim() == self.dims + 2):
             return "only one of pooling and unpooling has a batch axis"
-        most = min(MOST_CELLS, functional.largest_exact_key(_value(self.x).dtype))
-        if math.prod(self.window) > most:
-            return f"a window of {math.prod(self.window)} cells has more than {most}"
+        most = min(MOST_CELLS, functional.largest_exact_key(x.dtype))
+        if math.prod(window) > most:
+            return f"a window of {math.prod(window)} cells has more than {most}"
         size = [_value(each) for each in self.unpooling.args[2]]
-        full = list(_value(self.x).shape)[2 if self.batched else 1 :] + [1] * (self.dims - len(self.window))
+        full = list(x.shape)[2 if batched else 1 :] + [1] * (self.dims - len(window))
         if not all(_same(a, b) for a, b in zip(size, full, strict=True)):
             return (
                 f"output size {size} may differ from that of the pooled map, {full}; "
@@ -227,17 +228,13 @@ class Pair(_Pooling):
         Returns:
             The record.
         """
-        window = tuple(self.window) if self.pooling is not None else ()
-        ceil_mode = self.pooling is not None and self.ceil_mode
-        return Block(
-            self.unpooling.name, source(self.unpooling), lowering, window, ceil_mode, self._own() is not None, reason
-        )
+        window, ceil_mode = (tuple(self.pooling.window), self.pooling.ceil_mode) if self.pooling else ((), False)
+        return Block(self.unpooling.name, source(self.unpooling), lowering, window, ceil_mode, self._own(), reason)
 
-    def _own(self) -> Any:
-        """The pooled map if nothing else is unpooled."""
+    def _own(self) -> bool:
+        """Whether the pooled map itself is unpooled."""
         values = root(self.unpooling.args[0])
-        pooled = values.target is operator.getitem and values.args == (self.pooling, 0)
-        return values if pooled and self.pooling is not None else None
+        return self.pooling is not None and from_pool(values) and values.args == (self.pooling.node, 0)
 
     def write(self, graph: Graph, form: Callable[..., Tensor]) -> None:
         """Call a form on batched maps of two or three axes in place of the unpooling.
@@ -246,12 +243,12 @@ class Pair(_Pooling):
             graph: that of the pair.
             form: takes the arguments of `forms.keys`.
         """
-        values, x = self.unpooling.args[0], self.x
-        window = [*self.window, *[1] * (self.dims - len(self.window))]
-        own = self._own() is not None
-        if len(self.window) == 1:
-            x = _lifted(graph, self.pooling, x)
-        self._exchange(graph, form, (values, x), (window, self.ceil_mode, own), self.batched)
+        pooling = self.pooling
+        assert pooling is not None
+        window = [*pooling.window, *[1] * (self.dims - len(pooling.window))]
+        x = _lifted(graph, pooling) if len(pooling.window) == 1 else pooling.x
+        rest = (window, pooling.ceil_mode, self._own())
+        self._exchange(graph, form, (self.unpooling.args[0], x), rest, pooling.batched)
 
     def scatter(self, graph: Graph, form: Callable[..., Tensor]) -> None:
         """Call the form of the index tensor on a batched map in place of the unpooling.
@@ -277,12 +274,13 @@ class Pair(_Pooling):
         graph.erase_node(self.unpooling)
 
 
-def _lifted(graph: Graph, pooling: Any, x: Any) -> Node:
+def _lifted(graph: Graph, pooling: _Pooling) -> Node:
     """A sequence as (N, C, L, 1), which F.max_unpool1d works on; one node, for exporters merge equal ones."""
-    if "lifted" not in pooling.meta:
-        with graph.inserting_before(pooling):
-            pooling.meta["lifted"] = graph.call_function(_aten.unsqueeze.default, (x, -1))
-    return pooling.meta["lifted"]
+    meta = pooling.node.meta
+    if "lifted" not in meta:
+        with graph.inserting_before(pooling.node):
+            meta["lifted"] = graph.call_function(_aten.unsqueeze.default, (pooling.x, -1))
+    return meta["lifted"]
 
 
 def drop_unused_indices(graph: Graph, pooling: Any) -> None:
@@ -298,7 +296,7 @@ def drop_unused_indices(graph: Graph, pooling: Any) -> None:
     window, one = read.window, len(read.window) == 1
     with graph.inserting_before(pooling):
         # torch.export freezes the length in max_pool1d.
-        x = _lifted(graph, pooling, read.x) if one else read.x
+        x = _lifted(graph, read) if one else read.x
         pooled = graph.call_function(functional.pool, (x, [*window, 1] if one else window, read.ceil_mode))
         if one:
             pooled = graph.call_function(_aten.squeeze.dim, (pooled, -1))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import forms
+from .verify import torch_pool
 
 __all__ = ["OPERATORS", "Translation", "Writer", "constant", "translations"]
 
@@ -34,9 +35,7 @@ def _arith(values: Tensor, x: Tensor, window: list[int], ceil_mode: bool, own: b
 @torch.library.custom_op("poolskip_zoo::native", mutates_args=(), schema=_SCHEMA)
 def _native(values: Tensor, x: Tensor, window: list[int], ceil_mode: bool, own: bool) -> Tensor:
     # As in ONNX: of the same values as keys, in torch by indices.
-    pools = torch.ops.aten.max_pool2d_with_indices, torch.ops.aten.max_pool3d_with_indices
-    zeros, ones = [0] * len(window), [1] * len(window)
-    _, indices = pools[len(window) - 2](x, window, window, zeros, ones, ceil_mode)
+    _, indices = torch_pool(x, window, ceil_mode)
     return forms.scatter(values, indices, list(x.shape[2:]))
 
 
@@ -104,18 +103,13 @@ def translations(made: list[Translation]) -> dict[Callable[..., Any], Callable[.
         Operator to function.
     """
 
-    def recorded(mask: Callable[..., Any]) -> Callable[..., Any]:
+    def of_pair(lowering: str) -> Callable[..., Any]:
         def translate(values, x, window, ceil_mode, own):
-            output = Writer(x, window, ceil_mode).place(values, own, mask)
+            output = Writer(x, window, ceil_mode).write(lowering, values, own)
             made.append(Translation([x] if own else [values, x], output))
             return output
 
         return translate
-
-    def native(values, x, window, ceil_mode, own):
-        output = Writer(x, window, ceil_mode).native(values, own)
-        made.append(Translation([x] if own else [values, x], output))
-        return output
 
     def scatter(values, indices, size):
         output = _write_scatter(values, indices, size)
@@ -124,10 +118,7 @@ def translations(made: list[Translation]) -> dict[Callable[..., Any], Callable[.
         return output
 
     return {
-        OPERATORS["keys"]: recorded(Writer.keys_mask),
-        OPERATORS["arith"]: recorded(Writer.arith_mask),
-        OPERATORS["native"]: native,
-        OPERATORS["scatter"]: scatter,
+        operator: scatter if lowering == "scatter" else of_pair(lowering) for lowering, operator in OPERATORS.items()
     }
 
 
@@ -250,8 +241,12 @@ class Writer:
         before = self.op.Relu(self.op.Sub(self.pool(ranks), self.number(1)))
         return self.op.Relu(self.op.Sub(ranks, self.up(before, float(math.prod(self.window)))))
 
-    def place(self, values: Any, own: bool, mask: Callable[..., Any]) -> Any:
-        return self.op.Mul(self.x if own else self.up(values, 0.0), mask(self))
+    def write(self, lowering: str, values: Any, own: bool) -> Any:
+        """The unpooled map by keys, arith or native."""
+        if lowering == "native":
+            return self.native(values, own)
+        placed = self.x if own else self.up(values, 0.0)
+        return self.op.Mul(placed, self.keys_mask() if lowering == "keys" else self.arith_mask())
 
     def native(self, values: Any, own: bool) -> Any:
         """Pad or crop to whole windows, MaxPool with indices, MaxUnpool, and back: MaxUnpool fails on partial ones."""

@@ -2,11 +2,14 @@
 
 from poolskip_predictor import Predictor
 print(Predictor("model.onnx")("photo.jpg")[:5])
+
+On the command line: python poolskip_predictor.py model.onnx photo.jpg …
 """
 
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -197,3 +200,17 @@ def _number(file: BinaryIO) -> int:
             return value
         shift += 7
     return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("usage: python poolskip_predictor.py MODEL IMAGE…")
+    predictor = Predictor(sys.argv[1])
+    for name in sys.argv[2:]:
+        found = predictor(name)
+        if isinstance(found, np.ndarray):  # of pixels: the shares of the classes
+            labels = predictor.metadata.get("class_names") or []
+            classes, counts = np.unique(found, return_counts=True)
+            known = [labels[each] if each < len(labels) else str(each) for each in classes]
+            found = sorted(zip(known, counts / found.size, strict=True), key=lambda pair: -pair[1])
+        print(f"{name}: " + ", ".join(f"{label} {share:.1%}" for label, share in found[:5]))

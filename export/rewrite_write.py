@@ -116,10 +116,7 @@ def _form(
     kept = x.shape
     x.shape = ir.Shape(dims)
     try:
-        writer = _FileWriter(tape, unpooling, x, ceil_mode)
-        if lowering == "native":
-            return writer.native(values, unpooling.own)
-        return writer.place(values, unpooling.own, Writer.keys_mask if lowering == "keys" else Writer.arith_mask)
+        return _FileWriter(tape, unpooling, x, ceil_mode).write(lowering, values, unpooling.own)
     finally:
         # What the file says of its own values, names of sizes among it, stays.
         x.shape = kept

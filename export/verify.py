@@ -22,10 +22,10 @@ __all__ = [
     "flipped_windows",
     "in_torch",
     "judge",
-    "pool_with_indices",
     "relative_error",
     "runner",
-    "unpool",
+    "torch_pool",
+    "torch_unpool",
     "write_report",
 ]
 
@@ -161,6 +161,8 @@ def check_outputs(run: Run, reference: Callable[..., Any], inputs: list[tuple[An
             outputs = run([each.numpy() for each in args])
         except Exception as error:
             raise RuntimeError(f"the exported file fails at input {given}: {first_line(error)}") from error
+        if len(outputs) != len(expected):
+            raise RuntimeError(f"the exported file gives {len(outputs)} outputs, the model {len(expected)}")
         for output, target in zip(outputs, expected, strict=True):
             got = torch.from_numpy(output)
             if got.shape != target.shape:
@@ -293,7 +295,7 @@ def flipped_windows(inputs: Iterable[Iterable[_Map]]) -> dict[str, float]:
     for maps in inputs:
         before = flipped
         for ours, theirs, window, ceil_mode in maps:
-            places = [pool_with_indices(each.float(), window, ceil_mode)[1] for each in (ours, theirs)]
+            places = [torch_pool(each.float(), window, ceil_mode)[1] for each in (ours, theirs)]
             different = int((places[0] != places[1]).sum())
             if different and flipped == before:
                 worst = max(worst, relative_error(theirs, ours))
@@ -301,7 +303,7 @@ def flipped_windows(inputs: Iterable[Iterable[_Map]]) -> dict[str, float]:
     return {"flipped_windows": flipped / total if total else 0.0, "error_where_flipped": worst}
 
 
-def pool_with_indices(x: Tensor, window: list[int], ceil_mode: bool) -> tuple[Tensor, Tensor]:
+def torch_pool(x: Tensor, window: list[int], ceil_mode: bool) -> tuple[Tensor, Tensor]:
     """torch's own pooling of disjoint windows.
 
     Args:
@@ -316,7 +318,7 @@ def pool_with_indices(x: Tensor, window: list[int], ceil_mode: bool) -> tuple[Te
     return function(x, window, window, ceil_mode=ceil_mode, return_indices=True)
 
 
-def unpool(values: Tensor, indices: Tensor, size: list[int]) -> Tensor:
+def torch_unpool(values: Tensor, indices: Tensor, size: list[int]) -> Tensor:
     """torch's own unpooling.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .onnx_forms import Translation
-from .verify import pool_with_indices, runner, unpool
+from .verify import runner, torch_pool, torch_unpool
 
 __all__ = ["Exported", "check_blocks", "compare", "mask_cases"]
 
@@ -129,9 +129,10 @@ def mask_cases(block: dict[str, Any], x_shape: _Shape) -> _Cases:
         }
         for kind, x in kinds.items():
             x = x.to(dtype)
-            pooled, indices = pool_with_indices(x.float(), window, block["ceil_mode"])
+            pooled, indices = torch_pool(x.float(), window, block["ceil_mode"])
             values = (pooled if block["own"] else torch.randn(pooled.shape, generator=generator)).to(dtype)
-            yield f"{kind} of size {spatial}", [x] if block["own"] else [values, x], unpool(values, indices, spatial)
+            given = [x] if block["own"] else [values, x]
+            yield f"{kind} of size {spatial}", given, torch_unpool(values, indices, spatial)
         if None not in x_shape[2:]:
             return
 
@@ -146,4 +147,4 @@ def _scatter_cases(block: dict[str, Any], values_shape: _Shape, output_shape: _S
     order = torch.rand([shape[0], shape[1], cells], generator=generator).argsort(-1)
     indices = order[..., : math.prod(shape[2:])].reshape(shape)
     open_sizes = [torch.tensor(size) for size, fixed in zip(spatial, output_shape[2:], strict=True) if fixed is None]
-    yield f"indices of size {spatial}", [values, indices, *open_sizes], unpool(values, indices, spatial)
+    yield f"indices of size {spatial}", [values, indices, *open_sizes], torch_unpool(values, indices, spatial)

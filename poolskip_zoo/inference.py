@@ -73,7 +73,7 @@ def load_model(
 
     from . import create_model
     from .registry.catalogue import is_name, registered_models
-    from .registry.resolve import require_warm_start
+    from .registry.resolve import require_timm_weights
 
     if Path(name, "config.json").is_file() and not is_name(name):
         name = f"local-dir:{name}"
@@ -90,7 +90,7 @@ def load_model(
         if pretrained and not is_model_pretrained(name):
             raise ValueError(f"{name} has no weights; {way_out}")
         if pretrained and arch not in registered_models(test=True):  # ours check it themselves
-            require_warm_start(name, cfgs[name] if tag else next(iter(cfgs.values())))
+            require_timm_weights(name, cfgs[name] if tag else next(iter(cfgs.values())))
     return create_model(name, pretrained=pretrained).eval()
 
 

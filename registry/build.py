@@ -10,7 +10,7 @@ from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, resolve_
 from torch import Tensor, nn
 
 from .checkpoint import find
-from .resolve import local_weights, require_warm_start
+from .resolve import local_weights, require_timm_weights
 
 __all__ = ["VIT_POOLING", "create"]
 
@@ -81,7 +81,7 @@ def create(
         if not pretrained or cfg.source or cfg.file or cfg.state_dict:
             pass
         elif checkpoint is None:
-            require_warm_start(f"{variant}.{cfg.tag}", cfg, cache_dir)
+            require_timm_weights(f"{variant}.{cfg.tag}", cfg, cache_dir)
         elif cfg.hf_hub_id == checkpoint.hub_id:
             path = local_weights(checkpoint, cache_dir)
             pretrained_cfg_overlay = {**(pretrained_cfg_overlay or {}), "file": str(path)}

@@ -15,12 +15,12 @@ from timm.models import PretrainedCfg
 from .catalogue import warm_starts
 from .checkpoint import WEIGHTS, Checkpoint
 
-__all__ = ["HUB_DIR_VARIABLE", "hub_cards_dir", "local_folder", "local_weights", "require_warm_start", "sha256_of"]
+__all__ = ["HUB_DIR_VARIABLE", "hub_cards_dir", "local_folder", "local_weights", "require_timm_weights", "sha256_of"]
 
 # Names a folder with one folder per checkpoint, as `poolskip hub pull` makes it.
 HUB_DIR_VARIABLE = "POOLSKIP_HUB_DIR"
 # Where timm looks in its own repositories (timm/models/_hub.py).
-_TIMMWEIGHTSS = (WEIGHTS, "pytorch_model.bin")
+_TIMM_FILES = (WEIGHTS, "pytorch_model.bin")
 # Of each address of the Hub, which has about eight: an unreachable one is known after 20 s, not after minutes.
 _CONNECT_SECONDS = 2.5
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -79,7 +79,7 @@ def local_weights(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | No
     return path
 
 
-def require_warm_start(name: str, cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None = None) -> None:
+def require_timm_weights(name: str, cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None = None) -> None:
     """Check that timm will get its own weights, for which it would try for a minute and name no file.
 
     Args:
@@ -95,7 +95,7 @@ def require_warm_start(name: str, cfg: PretrainedCfg, cache_dir: str | os.PathLi
     repo, _, revision = (cfg.hf_hub_id or "").partition("@")
     if not repo:
         return
-    files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else list(_TIMMWEIGHTSS)
+    files = [cfg.hf_hub_filename] if cfg.hf_hub_filename else list(_TIMM_FILES)
     cache = None if cache_dir is None else os.fspath(cache_dir)
     for file in files:
         cached = huggingface_hub.try_to_load_from_cache(repo, file, cache_dir=cache, revision=revision or None)

@@ -25,7 +25,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, model_cfg: str, **kwargs: Any) -> PoolSkipVGG:
+def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], model_cfg: str, **model_args: Any) -> PoolSkipVGG:
+    kwargs = {**model_args, **kwargs}
     # VGG has six feature maps, the first at stride 1.
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3, 4, 5))
     return create(
@@ -42,53 +43,52 @@ def _create(variant: str, pretrained: bool, model_cfg: str, **kwargs: Any) -> Po
 @register_model
 def vgg11_poolskip(pretrained: bool = False, **kwargs: Any) -> PoolSkipVGG:
     """VGG-11 with Pool Skip."""
-    return _create("vgg11_poolskip", pretrained, "vgg11", **kwargs)
+    return _create("vgg11_poolskip", pretrained, kwargs, "vgg11")
 
 
 @register_model
 def vgg11_bn_poolskip(pretrained: bool = False, **kwargs: Any) -> PoolSkipVGG:
     """VGG-11 with BatchNorm and Pool Skip."""
-    return _create("vgg11_bn_poolskip", pretrained, "vgg11", **{"norm_layer": nn.BatchNorm2d, **kwargs})
+    return _create("vgg11_bn_poolskip", pretrained, kwargs, "vgg11", norm_layer=nn.BatchNorm2d)
 
 
 @register_model
 def vgg13_poolskip(pretrained: bool = False, **kwargs: Any) -> PoolSkipVGG:
     """VGG-13 with Pool Skip."""
-    return _create("vgg13_poolskip", pretrained, "vgg13", **kwargs)
+    return _create("vgg13_poolskip", pretrained, kwargs, "vgg13")
 
 
 @register_model
 def vgg13_bn_poolskip(pretrained: bool = False, **kwargs: Any) -> PoolSkipVGG:
     """VGG-13 with BatchNorm and Pool Skip."""
-    return _create("vgg13_bn_poolskip", pretrained, "vgg13", **{"norm_layer": nn.BatchNorm2d, **kwargs})
+    return _create("vgg13_bn_poolskip", pretrained, kwargs, "vgg13", norm_layer=nn.BatchNorm2d)
 
 
 @register_model
 def vgg16_poolskip(pretrained: bool = False, **kwargs: Any) -> PoolSkipVGG:
     """VGG-16 with Pool Skip."""
-    return _create("vgg16_poolskip", pretrained, "vgg16", **kwargs)
+    return _create("vgg16_poolskip", pretrained, kwargs, "vgg16")
 
 
 @register_model
 def vgg16_bn_poolskip(pretrained: bool = False, **kwargs: Any) -> PoolSkipVGG:
     """VGG-16 with BatchNorm and Pool Skip."""
-    return _create("vgg16_bn_poolskip", pretrained, "vgg16", **{"norm_layer": nn.BatchNorm2d, **kwargs})
+    return _create("vgg16_bn_poolskip", pretrained, kwargs, "vgg16", norm_layer=nn.BatchNorm2d)
 
 
 @register_model
 def vgg19_poolskip(pretrained: bool = False, **kwargs: Any) -> PoolSkipVGG:
     """VGG-19 with Pool Skip."""
-    return _create("vgg19_poolskip", pretrained, "vgg19", **kwargs)
+    return _create("vgg19_poolskip", pretrained, kwargs, "vgg19")
 
 
 @register_model
 def vgg19_bn_poolskip(pretrained: bool = False, **kwargs: Any) -> PoolSkipVGG:
     """VGG-19 with BatchNorm and Pool Skip."""
-    return _create("vgg19_bn_poolskip", pretrained, "vgg19", **{"norm_layer": nn.BatchNorm2d, **kwargs})
+    return _create("vgg19_bn_poolskip", pretrained, kwargs, "vgg19", norm_layer=nn.BatchNorm2d)
 
 
 @register_model
 def test_vgg_poolskip(pretrained: bool = False, **kwargs: Any) -> PoolSkipVGG:
     """Tiny VGG for tests."""
-    model_args: dict[str, Any] = {"norm_layer": nn.BatchNorm2d, "mlp_ratio": 1 / 128}
-    return _create("test_vgg_poolskip", pretrained, "test", **{**model_args, **kwargs})
+    return _create("test_vgg_poolskip", pretrained, kwargs, "test", norm_layer=nn.BatchNorm2d, mlp_ratio=1 / 128)

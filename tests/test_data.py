@@ -11,7 +11,7 @@ from PIL import Image
 
 from poolskip_zoo.data import DATASETS, EvalLoader, Split, TrainLoader, load_split, load_splits
 from poolskip_zoo.data.augment import Augment, uniform
-from poolskip_zoo.data.datasets import held_out
+from poolskip_zoo.data.datasets import spread_choice
 from poolskip_zoo.data.packs import read_pack
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "image_size": 8}
@@ -114,7 +114,7 @@ def test_splits_are_disjoint_balanced_and_fixed(folder: Path) -> None:
 
 def test_uneven_classes_are_held_out_as_evenly_as_possible() -> None:
     labels = np.array([0] * 2 + [1] * 50 + [2] * 50)
-    assert np.bincount(labels[held_out(labels, 32)]).tolist() == [2, 15, 15]
+    assert np.bincount(labels[spread_choice(labels, 32)]).tolist() == [2, 15, 15]
 
 
 def test_tiny_imagenet_joins_its_parts_and_tests_on_val(folder: Path) -> None:

@@ -435,5 +435,6 @@ def test_eight_bits_keep_the_masks_of_a_plain_export(tmp_path):
         def get_next(self):
             return next(batches)
 
-    quantization.quantize_static(plain, quantised, Reader())
+    # 7 bits of weight: without VNNI the sums of x86 saturate otherwise, in any net.
+    quantization.quantize_static(plain, quantised, Reader(), reduce_range=True)
     assert verify.relative_error(run(quantised, images), model(images).detach()) < 0.03

@@ -133,6 +133,15 @@ def test_runs_without_torch(exported, pictures, runtime):
         same(got, ranked)
 
 
+def test_on_the_command_line(exported, pictures):
+    classifier, folder, _ = exported
+    command = [sys.executable, folder / "poolskip_predictor.py", folder / "net.onnx", pictures[0]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    label, share = classifier([read_image(pictures[0])])[0][0]
+    assert done.stdout.startswith(f"{pictures[0]}: {label} {share:.1%}, "), done.stderr
+    assert "usage: python" in subprocess.run(command[:2], capture_output=True, text=True).stderr
+
+
 def test_masks_and_openvino_files(tmp_path, pictures):
     pytest.importorskip("openvino")
     torch.manual_seed(0)  # of another net two classes may be all but equal at some pixel

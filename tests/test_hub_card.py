@@ -168,13 +168,17 @@ def test_an_unknown_recipe_is_refused(trained):
 def test_a_card_tells_of_the_weights_that_training_began_with(trained, monkeypatch):
     assert "trained from scratch on" in " ".join(card_text(trained[0]).split())
     for init, said in (
-        ("resnet50.first", "their training came first"),
-        ("resnet20_cifar.c10", "`poolskip train resnet20_cifar.c10` comes first"),
+        ("resnet50.first", "its training counts"),
+        (
+            "resnet50.tin200_r64_trunk64",
+            "`poolskip train resnet50.tin200_r64_trunk32`, then `poolskip train resnet50.tin200_r64_trunk64` come "
+            "first, with the same seed and `--output`, and count",
+        ),
     ):
         monkeypatch.setattr("poolskip_zoo.hub.card._recipe", lambda record, init=init: f"name: a.b\ninit: {init}")
         text = " ".join(card_text(trained[0]).split())
         assert f"trained from the weights of `{init}` on" in text
-        assert f"Both start from the weights of `{init}`: {said} and counts in the hours." in text
+        assert f"Training starts from the weights of `{init}`: {said} in the hours." in text
 
 
 # --- verify and pull

@@ -395,3 +395,11 @@ def test_distributed_data_parallel(tmp_path):
     model(torch.randn(4, *IMAGE[1:])).square().mean().backward()
     for name, gradient in torch.load(tmp_path / "gradients.pt").items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, msg=name)
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3).to(torch.float8_e4m3fn))
+    with pytest.raises(RuntimeError, match="Float8"):  # torch cannot initialise such weights
+        add_pool_skip(model, ["0", "1"])
+    assert not pool_skip_modules(model)
+    assert not model[0]._forward_hooks

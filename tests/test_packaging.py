@@ -20,7 +20,7 @@ BESIDE = [name for name in ("registry", "export") if (ROOT / name / "__init__.py
 # Package to those it may import from; itself and what these may import go without saying.
 MAY_IMPORT = {
     "layers": set(),
-    "data": set(),
+    "data": {"contexts"},
     "models": {"layers"},
     "contexts": set(),
     "pictures": {"contexts"},

@@ -146,6 +146,14 @@ def test_voc_keeps_its_borders_void(tmp_path: Path) -> None:
     assert sorted(train.items[1][1].unique().tolist()) == [0, 20, 255]
     loader = SceneEvalLoader(train, image_size=0, **PLAIN)
     assert [labels.shape for _, labels in loader] == [(1, 30, 40), (1, 50, 20)]  # one by one: sizes differ
+    # Files are read late: what is wrong with one is said by its name all the same.
+    Image.new("RGB", (20, 30)).save(base / "JPEGImages/b.jpg")
+    with pytest.raises(RuntimeError, match=r"b\.jpg or its labels cannot be read: they differ in size: \(30, 20\)"):
+        train.items[1]
+    photo = base / "JPEGImages/a.jpg"
+    photo.write_bytes(photo.read_bytes()[:-200])
+    with pytest.raises(RuntimeError, match=r"a\.jpg or its labels cannot be read: .*[Tt]runcated"):
+        train.items[0]
 
 
 def test_palettes_and_labels_fit() -> None:

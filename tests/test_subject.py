@@ -191,7 +191,7 @@ def test_a_name_goes_before_a_folder_of_that_name(run: tuple[Path, nn.Module]) -
         (
             {"recipe.yaml": None, "config.json": None, "model.safetensors": None},
             ValueError,
-            "has no weights 'mine-s0': it has none",
+            "mine-s0 has neither recipe.yaml nor config.json: no run, no model of timm or smp",
         ),
     ],
 )

@@ -362,6 +362,15 @@ def call(verb: Any, *arguments: object) -> int:
     return verb.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
+@pytest.mark.parametrize(("units", "precision"), [(False, "bf16"), (True, "bf16"), (False, "fp32")])
+def test_emulated_bfloat16_is_said(
+    data: Path, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch, units: bool, precision: str
+) -> None:
+    monkeypatch.setattr("poolskip_zoo.training.loop.has_bf16_units", lambda: units)
+    train(recipe(**{**PLAIN, "precision": precision}), data, tmp_path, cpu=True, limit_steps=1)
+    assert ("this CPU emulates bfloat16" in "".join(capfd.readouterr())) == (precision == "bf16" and not units)
+
+
 def test_commands(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(recipe(**PLAIN).to_yaml())

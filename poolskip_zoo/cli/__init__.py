@@ -14,7 +14,7 @@ __all__ = ["main"]
 
 # Every verb module has HELP, add_arguments(parser) and run(args) -> exit code, and imports what is heavy in run.
 _VERBS = (
-    *("list", "info", "predict", "validate", "train", "train-many", "export"),
+    *("list", "info", "predict", "validate", "pack", "train", "train-many", "export"),
     *("rewrite", "diagnose", "prune", "study", "demo", "hub"),
 )
 

@@ -10,11 +10,7 @@ _SEGMENTS = "deeplabv3plus_resnet18_poolskip.camvid_r180"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments.
-
-    Args:
-        parser: parser of this verb.
-    """
+    """Declare the verb's arguments."""
     parser.add_argument("--name", default=_NAME, help=f"model with weights (default: {_NAME})")
     parser.add_argument("--layer", help="Pool Skip layer to draw (default: the model's first)")
     parser.add_argument("--output", default="demo_output", help="folder to write to (default: demo_output)")
@@ -22,9 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo.
-
-    Args:
-        args: parsed arguments.
 
     Returns:
         0 if ONNX Runtime agrees with PyTorch, else 1.
@@ -117,18 +110,22 @@ def _draw(path, images, ranked, before, window, layer):
     for i, image in enumerate(images):
         axes[0, i].imshow(image, interpolation="nearest")
         axes[0, i].set_title(ranked[i][0][0], fontsize=11)
-        scale = float(before[i, channel].abs().max())
         for row, values in ((1, before), (2, maxima)):
+            scale = float(values[i, channel].abs().max())
             axes[row, i].imshow(values[i, channel], cmap="RdBu_r", vmin=-scale, vmax=scale, interpolation="nearest")
         for place, (name, value) in enumerate(ranked[i][:3]):
             axes[3, i].barh(-place, value, color="#99c1e8")
-            axes[3, i].text(0.03, -place, f"{name} {value:.0%}", va="center", fontsize=8)
+            axes[3, i].text(
+                0.03, -place, f"{name} {value:.0%}" if value >= 0.005 else f"{name} <1%", va="center", fontsize=8
+            )
         axes[3, i].set_xlim(0, 1)
         for row in range(4):
             axes[row, i].set_xticks([])
             axes[row, i].set_yticks([])
     e = "×".join(map(str, window))
-    for row, text in enumerate(("image", f"channel {channel} at\n{layer}", f"kept by {e} pooling", "class scores")):
+    for row, text in enumerate(
+        ("image", f"channel {channel} at\n{layer}\n(red > 0 > blue)", f"kept by {e} pooling", "class scores")
+    ):
         axes[row, 0].set_ylabel(text, fontsize=9)
     save_figure(figure, path)
 

@@ -1,6 +1,7 @@
 """`poolskip diagnose`: what the filters of a model are like, and which do nothing."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,7 @@ _BATCH = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments.
-
-    Args:
-        parser: parser of this verb.
-    """
+    """Declare the verb's arguments."""
     what = (
         "model of timm or ours (with a tag its weights, else fresh ones), safetensors file, run folder, or a call "
         "of any Python function: 'torchvision.models:vgg16(num_classes=10)'"
@@ -35,9 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure one model, or two.
 
-    Args:
-        args: parsed arguments.
-
     Returns:
         0.
 
@@ -52,13 +46,15 @@ def run(args: argparse.Namespace) -> int:
 
     from ..data.datasets import HOLD_OUT
     from ..diagnostics import diagnose, draw, table
+    from ..pictures import new_figure
 
     if args.images < 0:
         raise ValueError(f"--images {args.images} must be at least 0")
     if args.name == args.compare:
         raise ValueError(f"--compare {args.compare}: the two are the same")
-    if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)  # an unwritable place is said before the work
+    if args.output:  # what cannot be drawn or written is said before the work
+        new_figure(1, 1)
+        args.output.mkdir(parents=True, exist_ok=True)
     subjects = [load(name, pretrained=None) for name in (args.name, args.compare) if name]
     # A model whose data are not known is shown those of the model beside it.
     dataset = args.dataset or next((each.dataset for each in subjects if each.dataset), None)
@@ -77,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"models": [{**fact, **each.to_dict()} for fact, each in zip(facts, found, strict=True)]}))
     else:
         for fact, each in zip(facts, found, strict=True):
-            images = f"{each.images} images of {fact['dataset']}" if each.images else "weights alone"
-            images += ", which it was trained on" if each.images and fact["seen_in_training"] else ""
+            kind = "training images that it has seen" if fact["seen_in_training"] else "held-out training images"
+            images = f"{each.images} {kind}, of {fact['dataset']}" if each.images else "weights alone"
             print(f"{fact['name']}: {fact['weights']}; {images}")
             for name, reason in each.left_out.items():
                 print(f"  left out: {name}: {reason}")
@@ -92,23 +88,42 @@ def run(args: argparse.Namespace) -> int:
 
 def _batches(args: argparse.Namespace, subject: Subject, device: Any, hold_out: int) -> Any:
     """Batches of held-out images as the model takes them, or None if there is no data folder or none is wanted."""
-    import os
-
     from ..data import DATASETS
-    from ..data.datasets import DATA_DIR_VARIABLE, SegmentationInfo
+    from ..data.datasets import SegmentationInfo
 
-    asked = args.data_dir or args.dataset
-    if not args.images or not (asked or os.environ.get(DATA_DIR_VARIABLE)):
+    if not args.images or not has_data(args, subject, tuple(DATASETS)):
         return None
-    if subject.dataset is None:
-        if asked:
-            raise ValueError(f"it is not known what {subject.name!r} was trained on: give --dataset, or --images 0")
-        return None
-    if subject.dataset not in DATASETS:
-        raise ValueError(f"unknown dataset {subject.dataset!r}: one of {', '.join(DATASETS)}")
-    if isinstance(DATASETS[subject.dataset], SegmentationInfo):
+    if isinstance(DATASETS[subject.dataset or ""], SegmentationInfo):
         return _scene_batches(args, subject, device)
     return image_batches(subject, args.data_dir, args.images, device, hold_out)
+
+
+def has_data(args: argparse.Namespace, subject: Subject, known: Sequence[str]) -> bool:
+    """Tell whether a verb can show a model images.
+
+    Args:
+        args: parsed arguments, `data_dir` and `dataset` among them.
+        subject: the model.
+        known: the data sets that the verb takes.
+
+    Returns:
+        False without a data folder, or where nobody names a data set.
+
+    Raises:
+        ValueError: if data are asked for and it is not known which, or the data set is none of these.
+    """
+    import os
+
+    from ..data.datasets import DATA_DIR_VARIABLE
+
+    asked = args.data_dir or args.dataset
+    if not (asked or (os.environ.get(DATA_DIR_VARIABLE) and subject.dataset)):
+        return False
+    if not subject.dataset:
+        raise ValueError(f"it is not known what {subject.name!r} was trained on: give --dataset, of {', '.join(known)}")
+    if subject.dataset not in known:
+        raise ValueError(f"unknown dataset {subject.dataset!r}: one of {', '.join(known)}")
+    return True
 
 
 def image_batches(

@@ -19,11 +19,7 @@ _FORMATS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments.
-
-    Args:
-        parser: parser of this verb.
-    """
+    """Declare the verb's arguments."""
     parser.add_argument(
         "name", metavar="NAME_OR_DIR", help="any timm model, checkpoint of ours, or folder of a run or timm"
     )
@@ -52,9 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, check, and say what was measured.
-
-    Args:
-        args: parsed arguments.
 
     Returns:
         0.

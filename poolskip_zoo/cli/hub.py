@@ -8,11 +8,7 @@ HELP = "model cards, verification, copies and publication of checkpoints"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments.
-
-    Args:
-        parser: parser of this verb.
-    """
+    """Declare the verb's arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     add = _action(actions, "add", "make a checkpoint's folder of a finished run; print its record")
@@ -41,9 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run one action.
-
-    Args:
-        args: parsed arguments.
 
     Returns:
         0, or 1 if a checkpoint failed verification.

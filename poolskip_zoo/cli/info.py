@@ -6,11 +6,7 @@ HELP = "parameters, MACs, latency, placement and weights of a model beside its b
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments.
-
-    Args:
-        parser: parser of this verb.
-    """
+    """Declare the verb's arguments."""
     parser.add_argument("name", help="registered model, with or without a tag")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--no-latency", action="store_true", help="do not measure latency")
@@ -18,9 +14,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the facts of one model.
-
-    Args:
-        args: parsed arguments.
 
     Returns:
         0.

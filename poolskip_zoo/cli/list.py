@@ -6,11 +6,7 @@ HELP = "list registered models, or their weights"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments.
-
-    Args:
-        parser: parser of this verb.
-    """
+    """Declare the verb's arguments."""
     parser.add_argument("pattern", nargs="?", default="*", help="glob over model names, for example 'resnet*'")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--pretrained", action="store_true", help="only models with a trained checkpoint, with its tag")
@@ -19,9 +15,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one name a line.
-
-    Args:
-        args: parsed arguments.
 
     Returns:
         0.
@@ -34,14 +27,20 @@ def run(args: argparse.Namespace) -> int:
     from ..registry.catalogue import registered_models, warm_starts
     from ..registry.checkpoint import checkpoints
 
+    def matching(names: list[str]) -> list[str]:
+        return [name for name in names if any(fnmatchcase(each, args.pattern) for each in (name, name.split(".")[0]))]
+
+    trained = [checkpoint.name for checkpoint in checkpoints()]
     if args.warm_starts:
         names, option = warm_starts(), " --warm-starts"
     elif args.pretrained:
-        names, option = [checkpoint.name for checkpoint in checkpoints()], " --pretrained"
+        names, option = trained, " --pretrained"
     else:
         names, option = registered_models(), ""
-    shown = [name for name in names if fnmatchcase(name, args.pattern) or fnmatchcase(name.split(".")[0], args.pattern)]
+    shown = matching(names)
     if not shown:
-        raise ValueError(f"no model matches {args.pattern!r}; `poolskip list{option}` prints all {len(names)}")
+        # Models of smp are built by it and not registered.
+        told = f"no model matches {args.pattern!r}; `poolskip list{option}` prints all {len(names)}"
+        raise ValueError(told + (f"; with --pretrained: {', '.join(matching(trained))}" if matching(trained) else ""))
     print("\n".join(shown))
     return 0

@@ -1,6 +1,7 @@
 """`poolskip predict`: classes of image files, or of their pixels."""
 
 import argparse
+import sys
 from typing import Any
 
 from ..contexts import kept
@@ -11,11 +12,7 @@ _BATCH = 32  # images of a forward pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments.
-
-    Args:
-        parser: parser of this verb.
-    """
+    """Declare the verb's arguments."""
     parser.add_argument(
         "name", help="model with weights, such as resnet20_cifar_poolskip.c10, or folder of a run or timm"
     )
@@ -31,9 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the most likely classes of each image; of segmentation those with most pixels, and draw an overlay.
-
-    Args:
-        args: parsed arguments.
 
     Returns:
         0.
@@ -54,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
             f"--dataset {args.dataset} says what a --checkpoint without recipe.yaml was trained on; of {args.name} it "
             f"is known: {subject.dataset or 'what its configuration says'}"
         )
+    print(f"{args.name}: {subject.weights}, of {subject.dataset or 'data that it does not name'}", file=sys.stderr)
     if subject.segments:
         return _segment(args, subject)
     classifier = Classifier(subject.model)

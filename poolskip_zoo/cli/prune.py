@@ -8,11 +8,7 @@ HELP = "remove a model's inert and dead filters, measure what that costs, and wr
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments.
-
-    Args:
-        parser: parser of this verb.
-    """
+    """Declare the verb's arguments."""
     what = "model of timm or ours with a tag, safetensors file, or run folder"
     parser.add_argument("name", metavar="NAME_OR_RUN", help=what)
     parser.add_argument(
@@ -31,9 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prune, measure, write.
-
-    Args:
-        args: parsed arguments.
 
     Returns:
         0.
@@ -85,22 +78,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _images(args: argparse.Namespace, subject: Any) -> tuple[Any, Any]:
     """Held-out images to find dead filters with, and the test set; None and None without a data folder."""
-    import os
-
     import torch
 
     from ..data import DATASETS, EvalLoader
-    from ..data.datasets import DATA_DIR_VARIABLE, HOLD_OUT, SegmentationInfo
-    from .diagnose import image_batches
+    from ..data.datasets import HOLD_OUT, SegmentationInfo
+    from .diagnose import has_data, image_batches
 
-    asked = args.data_dir or args.dataset
-    if not (asked or os.environ.get(DATA_DIR_VARIABLE)) or (subject.dataset is None and not asked):
-        return None, None
     known = [name for name, info in DATASETS.items() if not isinstance(info, SegmentationInfo)]
-    if not subject.dataset:
-        raise ValueError(f"it is not known what {args.name!r} was trained on: give --dataset, of {', '.join(known)}")
-    if subject.dataset not in known:
-        raise ValueError(f"unknown dataset {subject.dataset!r}: one of {', '.join(known)}")
+    if not has_data(args, subject, known):
+        return None, None
     hold_out = subject.recipe.hold_out if subject.recipe and subject.recipe.hold_out > 0 else HOLD_OUT
     shared: dict[str, Any] = {"device": torch.device("cpu"), "hold_out": hold_out}
     held_out = image_batches(subject, args.data_dir, args.images, **shared) if args.images else None

@@ -7,11 +7,7 @@ HELP = "replace max-unpooling in an ONNX file from any exporter by a form that a
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments.
-
-    Args:
-        parser: parser of this verb.
-    """
+    """Declare the verb's arguments."""
     parser.add_argument("source", type=Path, metavar="IN.onnx", help="file with MaxUnpool, or a scatter by max indices")
     parser.add_argument("output", type=Path, metavar="OUT.onnx", help="file to write")
     parser.add_argument(
@@ -31,9 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Rewrite, check, and say what was done.
-
-    Args:
-        args: parsed arguments.
 
     Returns:
         0.

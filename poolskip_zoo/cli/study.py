@@ -10,11 +10,7 @@ MARKS = ("<!-- results: written by poolskip study -->", "<!-- end of results -->
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments.
-
-    Args:
-        parser: parser of this verb.
-    """
+    """Declare the verb's arguments."""
     parser.add_argument("runs", type=Path, metavar="RUNS", help="folder of run folders")
     parser.add_argument("--list", default="study", help="the list that they are of (default: %(default)s)")
     parser.add_argument("--data-dir", help="data folder (default: the environment variable POOLSKIP_DATA_DIR)")
@@ -29,9 +25,6 @@ def run(args: argparse.Namespace) -> int:
     """Measure what is finished and write the results.
 
     The test set is read once for each run that counts, and only after all runs of its net are finished.
-
-    Args:
-        args: parsed arguments.
 
     Returns:
         0.

@@ -5,6 +5,7 @@ import re
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def load(
 
     from ..data import DATASETS
     from ..inference import load_model
-    from ..registry.catalogue import is_name
+    from ..registry.catalogue import is_name, registered_models
     from ..registry.checkpoint import WEIGHTS, SegmentationCheckpoint, find
     from ..training import load_recipe, recipe_names
 
@@ -104,13 +105,17 @@ def load(
     if pretrained is None:
         pretrained = "." in name or ":" in name
     record = find(name) if pretrained or not is_model(name) else None
-    if record is None and name in recipe_names() and load_recipe(name).segments:
-        raise ValueError(f"no weights of {name} are recorded: train it, then give the folder of its run")
+    if record is None and name in recipe_names():
+        raise ValueError(f"no weights of {name} are kept: `poolskip train {name}` makes them; give its run's folder")
     if isinstance(record, SegmentationCheckpoint):
         return _of_segmentation(record, pretrained)
+    if path.is_dir() and not is_name(name):
+        raise ValueError(f"the folder {path} has neither recipe.yaml nor config.json: no run, no model of timm or smp")
     if not (is_model(name) or name.startswith(("hf-hub:", "local-dir:"))):
+        close = get_close_matches(name, registered_models(), 3)
+        names = f"similar: {', '.join(close)}" if close else "`poolskip list` prints them"
         raise ValueError(
-            f"unknown model {name!r}: neither a name (`poolskip list` prints them) nor a file, a folder or a call "
+            f"unknown model {name!r}: neither a name ({names}) nor a file, a folder or a call "
             "MODULE:FUNCTION(ARGUMENTS)"
         )
     model = load_model(name, pretrained, way_out)

@@ -1,6 +1,4 @@
-"""``poolskip train``: train by a recipe."""
-
-from __future__ import annotations
+"""`poolskip train`: train by a recipe."""
 
 import argparse
 
@@ -8,11 +6,7 @@ HELP = "train a model by a recipe"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments.
-
-    Args:
-        parser: The verb's parser.
-    """
+    """Declare the verb's arguments."""
     parser.add_argument("recipe", help="YAML file, or the name of a shipped recipe such as resnet20_cifar.c10")
     parser.add_argument("--data-dir", help="data folder (default: the environment variable POOLSKIP_DATA_DIR)")
     parser.add_argument("--output", default="runs", help="folder of run folders (default: %(default)s)")
@@ -54,16 +48,13 @@ def minutes(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     """Train.
 
-    Args:
-        args: The verb's arguments.
-
     Returns:
         Exit code.
 
     Raises:
-        ValueError: If the recipe does not fit.
-        FileNotFoundError: If recipe or data are missing.
-        RuntimeError: If training fails.
+        ValueError: if the recipe does not fit.
+        FileNotFoundError: if recipe or data are missing.
+        RuntimeError: if training fails.
     """
     import os
 

@@ -1,24 +1,20 @@
-"""``poolskip train-many``: train a list of recipes and seeds, one after another."""
-
-from __future__ import annotations
+"""`poolskip train-many`: train a list of recipes and seeds, one after another."""
 
 import argparse
+from pathlib import Path
 
 from .train import minutes
 
 HELP = "train a list of recipes and seeds within a time limit"
+_LISTS = sorted(path.stem for path in (Path(__file__).parent.parent / "recipes" / "lists").glob("*.yaml"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments.
-
-    Args:
-        parser: The verb's parser.
-    """
+    """Declare the verb's arguments."""
     parser.add_argument(
         "list",
-        help="YAML file of recipes, or of mappings of recipe, seeds, set, grid; or a shipped list: c10, tin200, "
-        "tin200_pair, camvid, transfer, study, study_longer, study_decay, study_decay_again, study_decay_plain",
+        help="YAML file of recipes, or of mappings of recipe, seeds, set, grid; or a shipped list: "
+        + ", ".join(_LISTS),
     )
     parser.add_argument("--data-dir", help="data folder (default: the environment variable POOLSKIP_DATA_DIR)")
     parser.add_argument("--output", default="runs", help="folder of run folders (default: %(default)s)")
@@ -37,15 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train the list.
 
-    Args:
-        args: The verb's arguments.
-
     Returns:
         Exit code: 0 if no run failed, else 1.
 
     Raises:
-        ValueError: If the list is malformed.
-        FileNotFoundError: If the list or a recipe is missing.
+        ValueError: if the list is malformed.
+        FileNotFoundError: if the list or a recipe is missing.
     """
     import os
     from functools import partial

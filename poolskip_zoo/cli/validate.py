@@ -1,6 +1,4 @@
-"""``poolskip validate``: accuracy on a test set."""
-
-from __future__ import annotations
+"""`poolskip validate`: accuracy on a test set."""
 
 import argparse
 from pathlib import Path
@@ -11,11 +9,7 @@ _WAY_OUT = "give --checkpoint, or a name of `poolskip list --pretrained`"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's arguments.
-
-    Args:
-        parser: The verb's parser.
-    """
+    """Declare the verb's arguments."""
     parser.add_argument(
         "name",
         help="model name with or without tag, such as resnet20_cifar_poolskip.c10, or a folder of a run or timm's",
@@ -39,16 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Validate.
 
-    Args:
-        args: The verb's arguments.
-
     Returns:
         Exit code.
 
     Raises:
-        ValueError: If the data set is not known, or model and data set do not fit.
-        FileNotFoundError: If data or checkpoint are missing.
-        RuntimeError: If the checkpoint does not fit the model.
+        ValueError: if the data set is not known, or model and data set do not fit.
+        FileNotFoundError: if data or checkpoint are missing.
+        RuntimeError: if the checkpoint does not fit the model.
     """
     import json
 
@@ -66,22 +57,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure_run(folder: Path, data_dir: str | None) -> dict[str, Any]:
-    """Measure a finished run on its test set, as the verb does with ``--checkpoint``.
+    """Measure a finished run on its test set, as the verb does with `--checkpoint`.
 
     Args:
-        folder: The run folder.
-        data_dir: Data folder; None takes ``POOLSKIP_DATA_DIR``.
+        folder: the run folder.
+        data_dir: data folder; None takes `POOLSKIP_DATA_DIR`.
 
     Returns:
-        What ``--json`` prints.
+        What `--json` prints.
 
     Raises:
-        FileNotFoundError: If data or checkpoint are missing.
-        RuntimeError: If the checkpoint does not fit the model.
+        FileNotFoundError: if data or checkpoint are missing.
+        RuntimeError: if the checkpoint does not fit the model.
     """
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return _measure(parser.parse_args([str(folder), *(("--data-dir", data_dir) if data_dir else ())]))
+    args = parser.parse_args(["--", str(folder)])
+    args.data_dir = data_dir
+    return _measure(args)
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,8 +4,6 @@ Nothing here reads or advances a global random generator: an image looks the sam
 batch or restart it is met in. That is what makes a resumed run equal to the bit.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +21,10 @@ def random_bits(seed: int, epoch: int, index: np.ndarray, stream: int) -> np.nda
     """Hash to 64 random bits per image (the finaliser of splitmix64, Steele et al. 2014, applied in turn).
 
     Args:
-        seed: Seed of the run, >= 0.
-        epoch: Epoch, from 0.
+        seed: seed of the run, >= 0.
+        epoch: epoch, from 0.
         index: (B,) integers, image indices.
-        stream: Number of the draw: different draws of one image are independent.
+        stream: number of the draw: different draws of one image are independent.
 
     Returns:
         (B,) uint64.
@@ -53,17 +51,17 @@ class Augment:
     """Random crop, flip, RandAugment on uint8 images, and random erasing on normalised ones.
 
     Args:
-        seed: Seed of the run, >= 0.
-        crop_padding: Zero pixels added on each side before a random crop, >= 0.
-        crop_size: Side of the square that is cut out; 0 for the original size.
-        flip: Flip half of the images left to right.
-        rand_augment: timm's RandAugment string such as ``rand-m9-n2-mstd0.5``; empty for none. It runs image by
+        seed: seed of the run, >= 0.
+        crop_padding: zero pixels added on each side before a random crop, >= 0.
+        crop_size: side of the square that is cut out; 0 for the original size.
+        flip: flip half of the images left to right.
+        rand_augment: timm's RandAugment string such as `rand-m9-n2-mstd0.5`; empty for none. It runs image by
             image in PIL, and so bounds the speed.
-        erasing: Probability of erasing one rectangle, 0 to 1.
+        erasing: probability of erasing one rectangle, 0 to 1.
         fill: RGB fill colour of RandAugment, 0 to 255.
 
     Raises:
-        ValueError: If timm does not understand ``rand_augment``.
+        ValueError: if timm does not understand `rand_augment`.
     """
 
     def __init__(
@@ -86,7 +84,7 @@ class Augment:
         Args:
             images: (B, H, W, 3) uint8.
             index: (B,) image indices.
-            epoch: Epoch, from 0.
+            epoch: epoch, from 0.
 
         Returns:
             (B, H, W, 3) uint8 on the same device, H and W those of the crop.
@@ -103,10 +101,10 @@ class Augment:
         Args:
             batch: (B, 3, H, W) float, changed in place.
             index: (B,) image indices.
-            epoch: Epoch, from 0.
+            epoch: epoch, from 0.
 
         Returns:
-            ``batch``.
+            `batch`.
         """
         if not self.erasing:
             return batch

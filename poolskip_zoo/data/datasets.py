@@ -1,7 +1,5 @@
 """What is known of each data set; small-image ones are decoded once and kept in memory as one uint8 tensor."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ class Split:
     Args:
         images: (N, H, W, 3) uint8.
         labels: (N,) int64.
-        classes: Class names, by label.
+        classes: class names, by label.
     """
 
     images: torch.Tensor
@@ -37,23 +35,23 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def part(self, count: int) -> Split:
+    def part(self, count: int) -> "Split":
         """Choose images, as many of each class as possible, by a fixed seed.
 
         Args:
-            count: How many, at most all.
+            count: how many, at most all.
 
         Returns:
             A split of them, in the same order.
 
         Raises:
-            ValueError: If there are fewer.
+            ValueError: if there are fewer.
         """
         if count == len(self):
             return self
         if not 0 < count < len(self):
             raise ValueError(f"train_images={count} must be at most the {len(self)} images that there are")
-        chosen = torch.from_numpy(held_out(self.labels.numpy(), count))
+        chosen = torch.from_numpy(spread_choice(self.labels.numpy(), count))
         return Split(self.images[chosen], self.labels[chosen], self.classes)
 
 
@@ -62,13 +60,13 @@ class DatasetInfo:
     """What is known of a data set before it is read.
 
     Args:
-        title: Its name in words, for cards and messages.
-        num_classes: Number of classes.
-        image_size: Height and width in pixels.
-        mean: Channel means that training normalises by, 0 to 1.
-        std: Channel standard deviations that training normalises by, 0 to 1.
-        licence: Terms of the data.
-        labels: Class names, by label; None for CIFAR-100.
+        title: its name in words, for cards and messages.
+        num_classes: number of classes.
+        image_size: height and width in pixels.
+        mean: channel means that training normalises by, 0 to 1.
+        std: channel standard deviations that training normalises by, 0 to 1.
+        licence: terms of the data.
+        labels: class names, by label; None for CIFAR-100.
     """
 
     title: str
@@ -85,8 +83,8 @@ class SegmentationInfo(DatasetInfo):
     """What is known of a segmentation data set before it is read; `image_size` is the shorter side, 0 if they differ.
 
     Args:
-        void: Label of the pixels that neither the loss nor a score counts.
-        palette: Red, green and blue, 0 to 255, by label.
+        void: label of the pixels that neither the loss nor a score counts.
+        palette: red, green and blue, 0 to 255, by label.
     """
 
     void: int
@@ -177,17 +175,17 @@ DATASETS: dict[str, DatasetInfo] = {
 
 
 def data_folder(data_dir: str | os.PathLike[str] | None) -> Path:
-    """Resolve the data folder: the argument, else the environment variable ``POOLSKIP_DATA_DIR``.
+    """Resolve the data folder: the argument, else the environment variable `POOLSKIP_DATA_DIR`.
 
     Args:
-        data_dir: A folder, or None for the environment's.
+        data_dir: a folder, or None for the environment's.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If neither is given.
-        FileNotFoundError: If the folder does not exist.
+        ValueError: if neither is given.
+        FileNotFoundError: if the folder does not exist.
     """
     value = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if not value:
@@ -205,7 +203,7 @@ def load_split(
     *,
     hold_out: int = HOLD_OUT,
     download: bool = False,
-) -> Split:
+) -> "Split":
     """Read one split of a data set into memory; arguments and errors as for `load_splits`.
 
     Example:
@@ -227,23 +225,23 @@ def load_splits(
 ) -> list[Split]:
     """Read splits of a data set into memory, each file once.
 
-    ``val`` is a class-balanced choice of ``hold_out`` training images, the same for every seed; ``train`` is the rest;
-    ``test`` is the data set's own test set (Tiny ImageNet: its labelled validation images).
+    `val` is a class-balanced choice of `hold_out` training images, the same for every seed; `train` is the rest;
+    `test` is the data set's own test set (Tiny ImageNet: its labelled validation images).
 
     Args:
-        name: One of `DATASETS`.
-        splits: Any of ``train``, ``val`` and ``test``.
-        data_dir: The data folder; None takes ``POOLSKIP_DATA_DIR``.
-        hold_out: Training images held out as ``val``, >= 0 and fewer than there are.
-        download: Let torchvision fetch CIFAR-10 or CIFAR-100 where missing; the packs cannot be fetched.
+        name: one of `DATASETS`.
+        splits: any of `train`, `val` and `test`.
+        data_dir: the data folder; None takes `POOLSKIP_DATA_DIR`.
+        hold_out: training images held out as `val`, >= 0 and fewer than there are.
+        download: let torchvision fetch CIFAR-10 or CIFAR-100 where missing; the packs cannot be fetched.
 
     Returns:
         The splits, each in the data set's own order: shuffle it.
 
     Raises:
-        ValueError: If the name, the split, or ``hold_out`` is unknown or impossible.
-        FileNotFoundError: If the folder or a file is missing, or a file of CIFAR-10 or CIFAR-100 is damaged.
-        RuntimeError: If a pack is damaged, or its classes are not as many as the data set's.
+        ValueError: if the name, the split, or `hold_out` is unknown or impossible.
+        FileNotFoundError: if the folder or a file is missing, or a file of CIFAR-10 or CIFAR-100 is damaged.
+        RuntimeError: if a pack is damaged, or its classes are not as many as the data set's.
     """
     check_splits(name, splits, _READERS)
     if download and name.endswith("_jpeg"):
@@ -265,12 +263,12 @@ def check_splits(name: str, splits: Sequence[str], names: Iterable[str]) -> None
     """Refuse unknown data sets and splits.
 
     Args:
-        name: A data set.
-        splits: Names of splits.
-        names: The data sets that there are.
+        name: a data set.
+        splits: names of splits.
+        names: the data sets that there are.
 
     Raises:
-        ValueError: If the name or a split is unknown.
+        ValueError: if the name or a split is unknown.
     """
     if name not in names:
         raise ValueError(f"unknown dataset {name!r}: one of {', '.join(names)}")
@@ -279,30 +277,30 @@ def check_splits(name: str, splits: Sequence[str], names: Iterable[str]) -> None
             raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
 
 
-def _choose(split: str, hold_out: int, images: np.ndarray, labels: np.ndarray, classes: list[str]) -> Split:
+def _choose(split: str, hold_out: int, images: np.ndarray, labels: np.ndarray, classes: list[str]) -> "Split":
     """Take the images of one split out of the data set's own training or test images."""
     if split != "test" and hold_out:
-        held = held_out(labels, hold_out)
+        held = spread_choice(labels, hold_out)
         chosen = held if split == "val" else ~held
         images, labels = images[chosen], labels[chosen]
     return Split(torch.from_numpy(images), torch.from_numpy(labels), classes)
 
 
-def held_out(labels: np.ndarray, count: int) -> np.ndarray:
+def spread_choice(labels: np.ndarray, count: int) -> np.ndarray:
     """Choose held-out images, as many of each class as possible, by a fixed seed.
 
     Args:
         labels: (N,) integers.
-        count: How many to hold out, 0 <= count < N.
+        count: how many to hold out, 0 <= count < N.
 
     Returns:
         (N,) bool, True where held out.
 
     Raises:
-        ValueError: If ``count`` is out of range.
+        ValueError: if `count` is out of range.
 
     Example:
-        >>> held_out(np.array([0, 0, 0, 1, 1, 1]), 2).reshape(2, 3).sum(1)
+        >>> spread_choice(np.array([0, 0, 0, 1, 1, 1]), 2).reshape(2, 3).sum(1)
         array([1, 1])
     """
     if not 0 <= count < len(labels):

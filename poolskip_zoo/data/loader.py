@@ -5,8 +5,6 @@ to restore. `batch_size` counts the images of one optimizer step over all proces
 the same images make up a step on one device and on many.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -51,15 +49,15 @@ class ShuffledBatches:
     """Which images make up a training batch of one process.
 
     Args:
-        count: Number of training images.
-        batch_size: Images per optimizer step over all processes and accumulation steps.
-        seed: Seed of the run, >= 0.
-        rank: Number of this process.
-        world: Number of processes.
-        accumulation: Forward passes per optimizer step and process.
+        count: number of training images.
+        batch_size: images per optimizer step over all processes and accumulation steps.
+        seed: seed of the run, >= 0.
+        rank: number of this process.
+        world: number of processes.
+        accumulation: forward passes per optimizer step and process.
 
     Raises:
-        ValueError: If the batch is not divisible, or larger than ``count``.
+        ValueError: if the batch is not divisible, or larger than `count`.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int, world: int, accumulation: int) -> None:
@@ -78,9 +76,9 @@ class ShuffledBatches:
         """Choose the images of one batch.
 
         Args:
-            epoch: Epoch, from 0.
-            step: Optimizer step within the epoch, 0 to ``steps - 1``.
-            micro: Accumulation step, from 0.
+            epoch: epoch, from 0.
+            step: optimizer step within the epoch, 0 to `steps - 1`.
+            micro: accumulation step, from 0.
 
         Returns:
             (B,) int64, B = batch_size / (world * accumulation).
@@ -100,21 +98,21 @@ class TrainLoader(_Images, ShuffledBatches):
     """Shuffled, augmented training batches of one process.
 
     Args:
-        split: Training images.
-        batch_size: Images per optimizer step over all processes and accumulation steps.
-        augment: The augmentation; its seed also shuffles.
-        mean: Three channel means, 0 to 1.
-        std: Three channel standard deviations, 0 to 1.
-        image_size: Height and width of a batch; other sizes are resized to it.
-        device: Where the images are kept and augmented.
-        channels_last: Memory layout of a batch.
-        rank: Number of this process.
-        world: Number of processes.
-        accumulation: Forward passes per optimizer step and process.
-        sizes: Pairs of an epoch, rising from 0, and the height and width from then on, in place of ``image_size``.
+        split: training images.
+        batch_size: images per optimizer step over all processes and accumulation steps.
+        augment: the augmentation; its seed also shuffles.
+        mean: three channel means, 0 to 1.
+        std: three channel standard deviations, 0 to 1.
+        image_size: height and width of a batch; other sizes are resized to it.
+        device: where the images are kept and augmented.
+        channels_last: memory layout of a batch.
+        rank: number of this process.
+        world: number of processes.
+        accumulation: forward passes per optimizer step and process.
+        sizes: pairs of an epoch, rising from 0, and the height and width from then on, in place of `image_size`.
 
     Raises:
-        ValueError: If the batch is not divisible, or larger than the split.
+        ValueError: if the batch is not divisible, or larger than the split.
     """
 
     def __init__(
@@ -141,9 +139,9 @@ class TrainLoader(_Images, ShuffledBatches):
         """Make one batch.
 
         Args:
-            epoch: Epoch, from 0.
-            step: Optimizer step within the epoch, 0 to ``steps - 1``.
-            micro: Accumulation step, from 0.
+            epoch: epoch, from 0.
+            step: optimizer step within the epoch, 0 to `steps - 1`.
+            micro: accumulation step, from 0.
 
         Returns:
             Images (B, 3, S, S) float32 and labels (B,) int64, B = batch_size / (world * accumulation).
@@ -156,18 +154,18 @@ class TrainLoader(_Images, ShuffledBatches):
 
 
 class EvalLoader(_Images):
-    """Batches in order, without augmentation; of several processes each takes every ``world``-th batch.
+    """Batches in order, without augmentation; of several processes each takes every `world`-th batch.
 
     Args:
-        split: Images.
-        batch_size: Images per batch.
-        mean: Three channel means, 0 to 1.
-        std: Three channel standard deviations, 0 to 1.
-        image_size: Height and width of a batch; other sizes are resized to it.
-        device: Where the images are kept.
-        channels_last: Memory layout of a batch.
-        rank: Number of this process.
-        world: Number of processes.
+        split: images.
+        batch_size: images per batch.
+        mean: three channel means, 0 to 1.
+        std: three channel standard deviations, 0 to 1.
+        image_size: height and width of a batch; other sizes are resized to it.
+        device: where the images are kept.
+        channels_last: memory layout of a batch.
+        rank: number of this process.
+        world: number of processes.
     """
 
     def __init__(

@@ -1,11 +1,9 @@
-"""Reader of JPEG packs: many small JPEG files end to end in one ``.npz``.
+"""Reader of JPEG packs: many small JPEG files end to end in one `.npz`.
 
-A pack holds, for a prefix such as ``train``, three arrays: ``train_jpeg`` (uint8, all files end to end),
-``train_offset`` (int64, N + 1 starts) and ``train_label`` (integers). ``classes`` names the labels, ``names`` does so
+A pack holds, for a prefix such as `train`, three arrays: `train_jpeg` (uint8, all files end to end),
+`train_offset` (int64, N + 1 starts) and `train_label` (integers). `classes` names the labels, `names` does so
 where classes are codes.
 """
-
-from __future__ import annotations
 
 import io
 import zlib
@@ -21,19 +19,15 @@ def data_file(folder: Path, name: str) -> Path:
     """Return the path of a file in the data folder.
 
     Args:
-        folder: The data folder.
-        name: The file's name.
+        folder: the data folder.
+        name: the file's name.
 
     Returns:
         The path.
 
     Raises:
-        FileNotFoundError: If the folder or the file is missing; the message names both.
+        FileNotFoundError: if it is missing; the message names both.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"data folder {folder} does not exist (looked for {name} in it; --data-dir or POOLSKIP_DATA_DIR name it)"
-        )
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"{name} not found in data folder {folder} (what it is: docs/training.md)")
@@ -46,14 +40,14 @@ def read_pack(path: Path, prefix: str) -> tuple[np.ndarray, np.ndarray, list[str
     Grey images become RGB. All images of a part must have one size.
 
     Args:
-        path: The ``.npz`` file.
-        prefix: Part of the pack, for example ``train``.
+        path: the `.npz` file.
+        prefix: part of the pack, for example `train`.
 
     Returns:
         Images (N, H, W, 3) uint8, labels (N,) int64, and the class names.
 
     Raises:
-        RuntimeError: If the file is no pack, lacks the part, or a JPEG in it cannot be decoded.
+        RuntimeError: if the file is no pack, lacks the part, or a JPEG in it cannot be decoded.
     """
     arrays = _load_arrays(path, prefix)
     jpeg, offset, labels = (arrays[f"{prefix}_{part}"] for part in ("jpeg", "offset", "label"))

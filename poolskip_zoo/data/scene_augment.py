@@ -1,7 +1,5 @@
 """Augmentation of an image together with its labels, a pure function of (seed, epoch, image index)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,12 +14,12 @@ class SceneAugment:
     """Random scale, crop, flip and colour jitter, with one resampling from the full image.
 
     Args:
-        seed: Seed of the run, >= 0.
-        crop: Height and width of the result at most, in pixels.
-        image_size: Shorter side that an image is resized to before ``scale``, in pixels; 0 leaves it as it is.
-        scale: Least and greatest factor on the size, drawn uniformly.
-        flip: Flip half of the images left to right.
-        jitter: Brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter, 0 to 1.
+        seed: seed of the run, >= 0.
+        crop: height and width of the result at most, in pixels.
+        image_size: shorter side that an image is resized to before `scale`, in pixels; 0 leaves it as it is.
+        scale: least and greatest factor on the size, drawn uniformly.
+        flip: flip half of the images left to right.
+        jitter: brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter, 0 to 1.
     """
 
     def __init__(
@@ -44,8 +42,8 @@ class SceneAugment:
         Args:
             image: (3, H, W) uint8.
             labels: (H, W) uint8.
-            index: Number of the image.
-            epoch: Epoch, from 0.
+            index: number of the image.
+            epoch: epoch, from 0.
 
         Returns:
             Image (3, h, w) and labels (h, w), uint8 on the same device; h and w are the crop's, or less where the
@@ -86,7 +84,7 @@ def resize(image: torch.Tensor, labels: torch.Tensor, size: Sequence[int]) -> tu
     Args:
         image: (3, H, W) uint8.
         labels: (H, W) uint8.
-        size: Height and width.
+        size: height and width.
 
     Returns:
         Image (3, h, w) and labels (h, w), uint8.
@@ -98,17 +96,17 @@ def resize(image: torch.Tensor, labels: torch.Tensor, size: Sequence[int]) -> tu
 
 
 def scaled_size(size: Sequence[int], image_size: int) -> tuple[int, int]:
-    """Compute the size of an image whose shorter side becomes ``image_size``.
+    """Compute the size of an image whose shorter side becomes `image_size`.
 
     Args:
-        size: Height and width.
-        image_size: Shorter side, in pixels; 0 leaves the size as it is.
+        size: height and width.
+        image_size: shorter side, in pixels; 0 leaves the size as it is.
 
     Returns:
         Height and width.
 
     Raises:
-        ValueError: If one side is over 50 times the other: what they are scaled to would fill the memory.
+        ValueError: if one side is over 50 times the other: what they are scaled to would fill the memory.
 
     Example:
         >>> scaled_size((360, 480), 180)

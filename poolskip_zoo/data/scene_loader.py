@@ -1,7 +1,5 @@
 """Batches of images with a label for each pixel: of training images pure functions of (seed, epoch, step)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -47,20 +45,20 @@ class SceneTrainLoader(_Batches, ShuffledBatches):
     What is not in memory is read ahead by threads, one batch.
 
     Args:
-        scenes: Training images.
-        batch_size: Images per optimizer step over all processes and accumulation steps.
-        augment: The augmentation; its seed also shuffles, its crop is the size of a batch.
-        void: Label that fills what a smaller image leaves of the crop; the image is filled with the mean.
-        mean: Three channel means, 0 to 1.
-        std: Three channel standard deviations, 0 to 1.
-        device: Where batches are made.
-        channels_last: Memory layout of a batch.
-        rank: Number of this process.
-        world: Number of processes.
-        accumulation: Forward passes per optimizer step and process.
+        scenes: training images.
+        batch_size: images per optimizer step over all processes and accumulation steps.
+        augment: the augmentation; its seed also shuffles, its crop is the size of a batch.
+        void: label that fills what a smaller image leaves of the crop; the image is filled with the mean.
+        mean: three channel means, 0 to 1.
+        std: three channel standard deviations, 0 to 1.
+        device: where batches are made.
+        channels_last: memory layout of a batch.
+        rank: number of this process.
+        world: number of processes.
+        accumulation: forward passes per optimizer step and process.
 
     Raises:
-        ValueError: If the batch is not divisible, or larger than the split.
+        ValueError: if the batch is not divisible, or larger than the split.
     """
 
     def __init__(
@@ -88,9 +86,9 @@ class SceneTrainLoader(_Batches, ShuffledBatches):
         """Make one batch.
 
         Args:
-            epoch: Epoch, from 0.
-            step: Optimizer step within the epoch, 0 to ``steps - 1``.
-            micro: Accumulation step, from 0.
+            epoch: epoch, from 0.
+            step: optimizer step within the epoch, 0 to `steps - 1`.
+            micro: accumulation step, from 0.
 
         Returns:
             Images (B, 3, h, w) float32 and labels (B, h, w) int64, B = batch_size / (world * accumulation).
@@ -122,18 +120,18 @@ class SceneTrainLoader(_Batches, ShuffledBatches):
 
 
 class SceneEvalLoader(_Batches):
-    """Images in order, without augmentation; of several processes each takes every ``world``-th batch.
+    """Images in order, without augmentation; of several processes each takes every `world`-th batch.
 
     Args:
-        scenes: Images.
-        image_size: Shorter side that images are resized to, in pixels; 0 leaves them. Labels stay as they are.
-        mean: Three channel means, 0 to 1.
-        std: Three channel standard deviations, 0 to 1.
-        device: Where batches are made.
-        channels_last: Memory layout of a batch.
-        rank: Number of this process.
-        world: Number of processes.
-        batch_size: Images in memory per batch; others come one by one.
+        scenes: images.
+        image_size: shorter side that images are resized to, in pixels; 0 leaves them. Labels stay as they are.
+        mean: three channel means, 0 to 1.
+        std: three channel standard deviations, 0 to 1.
+        device: where batches are made.
+        channels_last: memory layout of a batch.
+        rank: number of this process.
+        world: number of processes.
+        batch_size: images in memory per batch; others come one by one.
     """
 
     def __init__(

@@ -1,7 +1,5 @@
 """Segmentation data sets: images with a label for each pixel; small sets in memory, large ones read when needed."""
 
-from __future__ import annotations
-
 import io
 import os
 import zlib
@@ -16,7 +14,7 @@ from zipfile import Path as ZipPath
 import numpy as np
 import torch
 
-from .datasets import DATASETS, check_splits, data_folder, held_out
+from .datasets import DATASETS, check_splits, data_folder, spread_choice
 from .packs import data_file
 
 Item = tuple[torch.Tensor, torch.Tensor]
@@ -28,9 +26,9 @@ class Scenes:
     """Images of one split with their labels.
 
     Args:
-        items: Pairs of an image (3, H, W) and its labels (H, W), both uint8; a list where they are held in memory,
+        items: pairs of an image (3, H, W) and its labels (H, W), both uint8; a list where they are held in memory,
             otherwise a sequence that reads a pair when asked for it.
-        classes: Class names, by label.
+        classes: class names, by label.
     """
 
     items: Sequence[Item]
@@ -61,25 +59,25 @@ def load_scenes(
 ) -> list[Scenes]:
     """Open splits of a segmentation data set.
 
-    CamVid has training, validation and test images; it is the file ``camvid.zip``, or the folder that this unpacks to.
-    Of Cityscapes (``cityscapes/leftImg8bit`` and ``cityscapes/gtFine``) and Pascal VOC (``VOCdevkit/VOC2012``) the own
-    validation images are ``test``, since their test labels are not public.
+    CamVid has training, validation and test images; it is the file `camvid.zip`, or the folder that this unpacks to.
+    Of Cityscapes (`cityscapes/leftImg8bit` and `cityscapes/gtFine`) and Pascal VOC (`VOCdevkit/VOC2012`) the own
+    validation images are `test`, since their test labels are not public.
 
     Args:
-        name: ``camvid``, ``cityscapes`` or ``voc2012``.
-        splits: Any of ``train``, ``val`` and ``test``.
-        data_dir: The data folder; None takes ``POOLSKIP_DATA_DIR``.
-        hold_out: Training images held out as ``val``, the same for every seed; `OWN_VAL`, of CamVid alone, takes the
+        name: `camvid`, `cityscapes` or `voc2012`.
+        splits: any of `train`, `val` and `test`.
+        data_dir: the data folder; None takes `POOLSKIP_DATA_DIR`.
+        hold_out: training images held out as `val`, the same for every seed; `OWN_VAL`, of CamVid alone, takes the
             data set's own and trains on all training images.
-        download: Let torchvision fetch Pascal VOC where missing; the others cannot be fetched.
+        download: let torchvision fetch Pascal VOC where missing; the others cannot be fetched.
 
     Returns:
         The splits, each in the order of its file names.
 
     Raises:
-        ValueError: If the name, the split, or ``hold_out`` is unknown or impossible.
-        FileNotFoundError: If the folder or a file is missing.
-        RuntimeError: If a file is damaged.
+        ValueError: if the name, the split, or `hold_out` is unknown or impossible.
+        FileNotFoundError: if the folder or a file is missing.
+        RuntimeError: if a file is damaged.
     """
     check_splits(name, splits, _READERS)
     if download and name != "voc2012":
@@ -102,7 +100,7 @@ def _choose(split: str, hold_out: int, opened: dict[str, Sequence[Item]]) -> Seq
     if split == "test" or hold_out <= 0:
         return opened[split]
     items = opened["train"]
-    held = held_out(np.zeros(len(items), np.int64), hold_out)
+    held = spread_choice(np.zeros(len(items), np.int64), hold_out)
     chosen = np.flatnonzero(held if split == "val" else ~held).tolist()
     return [items[place] for place in chosen] if isinstance(items, list) else _Lazy(items, chosen)
 
@@ -117,8 +115,10 @@ class _Lazy(Sequence):
         return len(self.chosen)
 
     def __getitem__(self, place: Any) -> Any:
-        image, labels = self.items[self.chosen[place]]
-        return (image, labels) if self.labels is None else _tensors(image, labels, self.labels)
+        table, at = self.labels, self.chosen[place]
+        if table is None:
+            return self.items[at]
+        return _read(f"{self.items.images[at]} or its labels", lambda: _tensors(*self.items[at], table))
 
 
 def _tensors(image: Any, labels: Any, table: np.ndarray) -> Item:
@@ -128,7 +128,23 @@ def _tensors(image: Any, labels: Any, table: np.ndarray) -> Item:
         raise RuntimeError(f"the labels go up to {values.max()}, and 255 is the largest that a class can have")
     # Of one bit per pixel they are truth values, by which NumPy would choose.
     labels = table[values.astype(np.uint8)]
+    if labels.ndim != 2:
+        raise RuntimeError("the labels are no picture of one channel")
+    if labels.shape != pixels.shape[1:]:
+        raise RuntimeError(f"they differ in size: {pixels.shape[1:]} and {labels.shape}")
     return torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels)
+
+
+def _read(what: str, read: Callable[[], Item]) -> Item:
+    """Read an item, with an error that names it."""
+    from PIL import Image
+
+    of_pil = (OSError, SyntaxError, Image.DecompressionBombError)
+    try:
+        return read()
+    # Of what a zip lacks: KeyError; of values that are no labels: RuntimeError.
+    except (*of_pil, KeyError, RuntimeError, BadZipFile, zlib.error) as error:
+        raise RuntimeError(f"{what} cannot be read: {error}") from error
 
 
 def _table(name: str, label_of: dict[int, int] | None = None) -> np.ndarray:
@@ -149,17 +165,9 @@ def _read_camvid(folder: Path, split: str, download: bool) -> list[Item]:
 
     def decode(file: Any) -> Item:
         annotation = file.parent.parent / f"{split}annot" / f"{Path(file.name).stem}.png"
-        try:
-            image, labels = (Image.open(io.BytesIO(each.read_bytes())) for each in (file, annotation))
-            item = _tensors(image, labels, table)
-        # Of PIL: OSError; of what a zip lacks: KeyError; of values that are no labels: RuntimeError.
-        except (KeyError, OSError, RuntimeError, BadZipFile, zlib.error) as error:
-            raise RuntimeError(f"{place}: {split}/{file.name} or its labels cannot be read: {error}") from error
-        if item[1].ndim != 2:
-            raise RuntimeError(f"{place}: the labels of {split}/{file.name} are no picture of one channel")
-        if item[0].shape[1:] != item[1].shape:
-            raise RuntimeError(f"{place}: {split}/{file.name} and its labels differ in size")
-        return item
+        files = file, annotation
+        what = f"{place}: {split}/{file.name} or its labels"
+        return _read(what, lambda: _tensors(*(Image.open(io.BytesIO(each.read_bytes())) for each in files), table))
 
     try:
         files: Any = (root if root.is_dir() else ZipPath(place, "camvid/")) / split

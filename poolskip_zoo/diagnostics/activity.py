@@ -127,6 +127,7 @@ class _ReluWatch(TorchFunctionMode):
             self.sources.pop(result, None)
         self.read_elsewhere |= names - passed
         if rectifies:
+            self.read_elsewhere |= passed - self.waiting  # by a second ReLU
             self._count(passed & self.waiting, result)
         elif passed:
             self.sources[result] = passed

@@ -223,7 +223,9 @@ def _small_weights(filters: torch.Tensor, convolution: nn.Module, norm: Any) -> 
         return [f for f in small if f in still]
     names = type(convolution).__name__, type(norm).__name__
     made_up = any(word in name for word in _RESCALING for name in names)
-    return [f for f in small if not made_up or not filters[f].any()]
+    size = len(filters) // getattr(norm, "num_groups", 1)  # GroupNorm makes up for what is small in a whole group
+    still = {start + f for start in range(0, len(filters), size) for f in small_weights(filters[start : start + size])}
+    return [f for f in small if f in still and not (made_up and filters[f].any())]
 
 
 def _norm_after(model: nn.Module, name: str, channels: int) -> str | None:

@@ -122,6 +122,8 @@ def draw(folder: Path, diagnoses: Mapping[str, Diagnosis]) -> list[Path]:
             # Logarithmic down to the smallest, with zero at the bottom: a layer without gradient is what one looks for.
             axes.set_yscale("symlog", linthresh=min(positive))
             axes.set_ylim(bottom=0)
+        if "share" in label:
+            axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         figure.legend(loc="outside upper center")

@@ -55,8 +55,8 @@ _VERDICT = (
     "points, 95 % intervals). Its mechanism, fewer inert filters, is not supported, nor was it put to the test: no run "
     "of the study has any. Later lists: after 2,109 steps the deeper base is better, -1.90 [-2.81, -0.98] "
     "(`docs/study_longer.md`); under a strong weight decay, which kills filters, Pool Skip has fewer inert filters "
-    "than C at one of two decays, -15.2 [-29.5, -1.0] of 688 and in a repetition -7.8 [-13.5, -2.0] "
-    "(`docs/study_decay_again.md`), but not on a net without shortcuts, -26.0 [-91.9, +39.9] "
+    "than C at one of two decays, -15.2 [-29.5, -1.0] of 688 (`docs/study_decay.md`) and in a repetition -7.8 "
+    "[-13.5, -2.0] (`docs/study_decay_again.md`), but not on a net without shortcuts, -26.0 [-91.9, +39.9] "
     "(`docs/study_decay_plain.md`)."
 )
 
@@ -79,6 +79,7 @@ def card_text(record: Checkpoint) -> str:
         name=record.name,
         what=_what(record),
         use=_use(record) if record.sha256 else _not_kept(record, model),
+        split=_split(record),
         measured=record.name
         if record.sha256
         else f"{record.recipe} --checkpoint runs/{record.recipe}-s{record.seed}/{WEIGHTS}",
@@ -178,7 +179,7 @@ def _front_matter(record: Checkpoint) -> dict[str, Any]:
             task_name=title,
             dataset_type=_HUB_DATASETS[record.dataset],
             dataset_name=data.title,
-            dataset_split="test",
+            dataset_split=_split(record),
             metric_type=_METRICS[key][0],
             metric_name=_METRICS[key][1],
             metric_value=value,
@@ -198,6 +199,11 @@ def _front_matter(record: Checkpoint) -> dict[str, Any]:
     order = ("license", "library_name", "pipeline_tag", "tags", "datasets", "model-index")
     entries = card.to_dict()
     return {key: entries[key] for key in order}
+
+
+def _split(record: Checkpoint) -> str:
+    """The images that scores are of: of Tiny ImageNet, whose test labels are not public, those for validation."""
+    return "validation" if record.dataset == "tiny_imagenet_jpeg" else "test"
 
 
 def _on_meta(record: Checkpoint) -> nn.Module:
@@ -343,8 +349,12 @@ def _pair(record: Checkpoint) -> str:
     if record.arch.endswith(SUFFIX) and not (record.base_scores or _twin(record)[1]):
         text = "The base model is to be trained by the same recipe, and was not yet."
     if init := _init(record):
-        first = f"`poolskip train {init}` comes first" if _recipe_file(init).is_file() else "their training came first"
-        text += f"\nBoth start from the weights of `{init}`: {first} and counts in the hours."
+        first, here = [init], "with the same seed and `--output`"
+        while (path := _recipe_file(first[0])).is_file() and (earlier := yaml.safe_load(path.read_text()).get("init")):
+            first.insert(0, earlier)
+        steps = ", then ".join(f"`poolskip train {each}`" for each in first)
+        begun = f"{steps} come first, {here}, and count" if _recipe_file(init).is_file() else "its training counts"
+        text += "\n" + _wrapped(f"Training starts from the weights of `{init}`: {begun} in the hours.")
     return text
 
 

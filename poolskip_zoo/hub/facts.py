@@ -37,8 +37,11 @@ def describe(name: str, latency: bool = False) -> dict[str, Any]:
     own = registered_models(test=True)
     if isinstance(find(name), SegmentationCheckpoint):
         raise ValueError(f"{name} segments, and this is of backbones alone: its card is hub_cards/{name}/README.md")
-    if arch not in own or (tag and name not in cfgs):
-        close = get_close_matches(name, [*registered_models(), *(cfgs if arch in own else ())], 5, 0.4)
+    if arch in own and tag and name not in cfgs:
+        tags = ", ".join(cfg.tag for cfg in cfgs.values() if cfg.tag)
+        raise ValueError(f"{arch} has no weights {tag!r}: {'choose ' + tags if tags else 'it has none'}")
+    if arch not in own:
+        close = get_close_matches(name, registered_models(), 5, 0.4)
         if arch + SUFFIX in own:  # timm's base
             close = [arch + SUFFIX]
         hint = f"similar: {', '.join(close)}" if close else "`poolskip list` prints all"

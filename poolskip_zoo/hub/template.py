@@ -18,11 +18,11 @@ model = timm.create_model("{name}", pretrained=True).eval()
 logits = model(torch.rand(1, {shape}))  # (1, {classes})
 ```
 
-`timm.create_model("hf-hub:{repo}", pretrained=True)` loads it from the Hub,
-`"local-dir:FOLDER"` from a copy of this folder; both need `import poolskip_zoo` too. Preprocessing is timm's, by
-`timm.data.resolve_model_data_config(model)`. HF transformers takes the folder too, after the same import, by
-`AutoModelForImageClassification.from_pretrained(FOLDER, dtype=torch.float32)`; without `dtype` it computes in the
-file's float16. To ONNX, with any batch size:
+`timm.create_model("hf-hub:{repo}", pretrained=True)` loads it from the Hub
+once it is published there, `"local-dir:FOLDER"` from a copy of this folder; both need `import poolskip_zoo` too.
+Preprocessing is timm's, by `timm.data.resolve_model_data_config(model)`. HF transformers takes the folder too, after
+the same import, by `AutoModelForImageClassification.from_pretrained(FOLDER, dtype=torch.float32)`; without `dtype` it
+computes in the file's float16. To ONNX, with any batch size:
 
 ```python
 sizes = ({{0: torch.export.Dim.DYNAMIC}},)
@@ -52,7 +52,7 @@ BODY = """\
 
 {results}
 
-Measured on the test set by `poolskip validate {measured} --data-dir DATA`. Costs are of one {size} image.
+Measured on the {split} images by `poolskip validate {measured} --data-dir DATA`. Costs are of one {size} image.
 
 ## Training
 

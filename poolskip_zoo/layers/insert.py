@@ -103,8 +103,11 @@ def add_pool_skip(
         places.append(_plan(name, module, e, rule.groups if groups is None else groups))
     if dry_run:
         return places
-    for place in places:
-        _insert(model, place, zero_init)
+    layers = [_make(model, place, zero_init) for place in places]  # first, so that a failure leaves the model as it was
+    for place, layer in zip(places, layers, strict=True):
+        module: Any = model.get_submodule(place.name)
+        module.pool_skip = layer
+        module.register_forward_hook(_apply_pool_skip)
     total = sum(place.parameters for place in places)
     _logger.info("Pool Skip added at %d places of %s: %s parameters", len(places), type(model).__name__, f"{total:,}")
     return places
@@ -130,7 +133,7 @@ def _layer_class(module: nn.Module) -> Any:
     return next(layer for conv, layer in _LAYERS.items() if isinstance(module, conv))
 
 
-def _insert(model: nn.Module, place: Place, zero_init: bool) -> None:
+def _make(model: nn.Module, place: Place, zero_init: bool) -> PoolSkip:
     module: Any = model.get_submodule(place.name)
     options: dict[str, Any] = {"device": module.weight.device, "dtype": module.weight.dtype}
     options |= {"pool_size": place.pool_size, "groups": place.groups, "zero_init": zero_init}
@@ -143,9 +146,7 @@ def _insert(model: nn.Module, place: Place, zero_init: bool) -> None:
     if last and any(each.dim() == layer.conv.weight.dim() and _is_laid_out(each, last) for each in model.parameters()):
         layer.to(memory_format=last)
     layer.after_bias = module.bias is not None
-    layer.train(module.training)
-    module.pool_skip = layer
-    module.register_forward_hook(_apply_pool_skip)
+    return layer.train(module.training)
 
 
 def _is_laid_out(weight: Tensor, memory_format: torch.memory_format) -> bool:

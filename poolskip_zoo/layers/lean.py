@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from . import kernels
-from .stock import is_transformed, pool_with_indices, unpool
+from .stock import is_channels_last, is_transformed, pool_with_indices, unpool
 
 __all__ = ["add_conv_of_window_maxima", "convolves_plainly", "trains_by_autograd", "window_maxima_for_training"]
 
@@ -137,8 +137,8 @@ class _Pool(Function):
         shared: tuple[Any, Any] = ctx.shared or (None, None)
         indices, u = shared
         ctx.shared.clear()
-        last = _is_channels_last(offsets)
-        if u is not None and u.dtype == of_values.dtype and (_is_channels_last(u) if last else u.is_contiguous()):
+        last = is_channels_last(offsets)
+        if u is not None and u.dtype == of_values.dtype and (is_channels_last(u) if last else u.is_contiguous()):
             _cells(u, last).scatter_(-2 if last else -1, _cells(indices, last), _cells(of_values, last))
             return u if of_x is None else u.add_(of_x), None, None, None
         return _scatter(of_values, offsets, ctx.window, ctx.size, indices, of_x), None, None, None
@@ -249,8 +249,8 @@ def _scatter(
 
 
 def _gather(u: Tensor, offsets: Tensor, window: list[int], indices: Tensor | None = None) -> Tensor:
-    last = _is_channels_last(offsets)
-    if kernels.applies(u, window) and last == _is_channels_last(u):
+    last = is_channels_last(offsets)
+    if kernels.applies(u, window) and last == is_channels_last(u):
         return kernels.load().gather(u, offsets, window)
     if indices is None:
         indices = _to_indices(offsets, window, u.shape[2:])
@@ -284,7 +284,3 @@ def _first_cells(like: Tensor, window: list[int], size: torch.Size) -> Tensor:
         steps = torch.arange(like.shape[axis + 2], device=like.device) * e
         cells = cells.unsqueeze(-1) * length + steps
     return cells
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() > 3 and x.stride(1) == 1 and not x.is_contiguous()

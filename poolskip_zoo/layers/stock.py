@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["is_traced_or_compiled", "is_transformed", "pool_with_indices", "unpool"]
+__all__ = ["is_channels_last", "is_traced_or_compiled", "is_transformed", "pool_with_indices", "unpool"]
 
 
 def is_traced_or_compiled() -> bool:
@@ -87,6 +87,18 @@ def unpool(values: Tensor, indices: Tensor, window: list[int], size: torch.Size)
         return F.max_unpool2d(values, indices, window, window, output_size=size)
     u = F.max_unpool3d(values, indices, window, window, output_size=size)
     # It returns a contiguous tensor whatever it gets. By strides and axes: vmap knows no channels_last_3d.
-    if values.stride(1) == 1 and not values.is_contiguous():
+    if is_channels_last(values):
         u = u.movedim(1, -1).contiguous().movedim(-1, 1)
     return u
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a map come last in memory.
+
+    Args:
+        x: (N, C, *spatial).
+
+    Returns:
+        False where both layouts are the same.
+    """
+    return x.dim() > 3 and x.stride(1) == 1 and not x.is_contiguous()

@@ -12,7 +12,7 @@ __all__ = ["draw_cost", "draw_depth"]
 
 
 def draw_cost(path: Path, runs: Sequence[Run]) -> None:
-    """Draw accuracy against multiply-accumulates: each seed a dot, each arm's mean and standard deviation.
+    """Draw accuracy of each arm, by rising cost: each seed a dot, each arm's mean and standard deviation.
 
     Args:
         path: the PNG.
@@ -27,23 +27,18 @@ def draw_cost(path: Path, runs: Sequence[Run]) -> None:
     for axes, net in zip(figure.subplots(1, len(nets), squeeze=False)[0], nets, strict=True):
         arms = {arm: own for arm in ARMS if (own := chosen(runs, net, arm))}
         tested = all(run.test_top1 is not None for own in arms.values() for run in own)
-        costs = {arm: own[0].macs / 1e6 for arm, own in arms.items()}
-        step = (max(costs.values()) - min(costs.values())) / 16
-        for arm, own in arms.items():
-            scores = [(run.test_top1 or 0.0) if tested else run.val_top1 for run in own]
-            # Arms of one cost stand beside each other.
-            same = [other for other, cost in costs.items() if abs(cost / costs[arm] - 1) < 0.02]
-            x = costs[arm] + step * (same.index(arm) - (len(same) - 1) / 2)
+        order = sorted(arms, key=lambda arm: arms[arm][0].macs)
+        for x, arm in enumerate(order):
+            scores = [(run.test_top1 or 0.0) if tested else run.val_top1 for run in arms[arm]]
             colour, error = _colour(arm), stdev(scores) if len(scores) > 1 else 0
-            axes.plot([x] * len(scores), scores, ".", color=colour, alpha=0.5)
+            axes.plot([x + 0.15] * len(scores), scores, ".", color=colour, alpha=0.5)
             bar = axes.errorbar(x, mean(scores), error, marker="o", capsize=4, color=colour)
             named[", ".join(ARMS[arm])] = bar
-            top = max(mean(scores) + error, *scores)
-            axes.annotate(ARMS[arm][0], (x, top), (0, 5), textcoords="offset points", ha="center", color=colour)
+        axes.set_xticks(range(len(order)), [f"{ARMS[arm][0]}\n{arms[arm][0].macs / 1e6:.1f}" for arm in order])
         axes.set(
             title=net,
-            xlabel="million multiply-accumulates (arms of one cost beside each other)",
-            ylabel=f"{'test' if tested else 'held-out'} accuracy, %",
+            xlabel="arm, and its million multiply-accumulates",
+            ylabel=f"{'test' if tested else 'held-out'} accuracy, % (dots: seeds, bars: standard deviation)",
         )
         axes.margins(0.1)
         axes.grid(alpha=0.3)
@@ -63,26 +58,30 @@ def draw_depth(path: Path, runs: Sequence[Run], layers: Sequence[LayerRow]) -> N
         ImportError: if matplotlib is missing; it names the extra to install.
         ValueError: if no weight decay has several seeds of A, B and C.
     """
-    measures: dict[str, Callable[[LayerRow], float | None]] = {
-        "inert filters, share": lambda layer: layer.inert / layer.filters,
-        "l2/l1 of the weights": lambda layer: layer.l2_l1,
-    }
+    measures: list[tuple[str, str, Callable[[LayerRow], float | None]]] = [
+        ("base", "inert filters, share", lambda layer: layer.inert / layer.filters),
+        ("pool_skip", "inert in the added 3×3, share", lambda layer: layer.inert / layer.filters),
+        ("base", "l2/l1 of the weights", lambda layer: layer.l2_l1),
+        ("pool_skip", "l2/l1 of the added 3×3", lambda layer: layer.l2_l1),
+    ]
+    # Rows of nothing but zeros are left out.
+    measures = [each for each in measures if any(each[2](layer) for layer in layers if layer.kind == each[0])]
     columns = [(net, decay) for net in dict.fromkeys(run.net for run in runs) for decay in decays(runs, net)]
     if not columns:
         raise ValueError("no weight decay has several seeds of each of A, B and C: there is nothing to draw over depth")
-    figure = new_figure(4.2 * len(columns), 6.4)
+    figure = new_figure(4.2 * len(columns), 0.6 + 2.6 * len(measures))
     grid = figure.subplots(len(measures), len(columns), squeeze=False, sharey="row", sharex=True)
-    for row, (label, value) in zip(grid, measures.items(), strict=True):
+    for row, (kind, label, value) in zip(grid, measures, strict=True):
         for axes, (net, decay) in zip(row, columns, strict=True):
             for arm in COMPARED:
                 own = {(run.lr, run.weight_decay, run.seed) for run in chosen(runs, net, arm, decay)}
                 of_arm = [
                     layer
                     for layer in layers
-                    if (layer.net, layer.arm) == (net, arm) and (layer.lr, layer.weight_decay, layer.seed) in own
+                    if (layer.net, layer.arm, layer.kind) == (net, arm, kind)
+                    and (layer.lr, layer.weight_decay, layer.seed) in own
                 ]
-                for kind in ("base", "pool_skip"):
-                    _plot(axes, [layer for layer in of_arm if layer.kind == kind], value, arm)
+                _plot(axes, of_arm, value, arm)
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
         row[0].set_ylabel(label)
@@ -96,19 +95,16 @@ def draw_depth(path: Path, runs: Sequence[Run], layers: Sequence[LayerRow]) -> N
 
 
 def _plot(axes: Any, layers: list[LayerRow], value: Callable[..., float | None], arm: str) -> None:
-    """Plot the mean over seeds at each depth: a line of the base, crosses of what is in Pool Skip's place."""
+    """Plot the mean over seeds at each depth."""
     by_depth: dict[int, list[float]] = {}
     for layer in layers:
         number = value(layer)
         if number is not None:
             by_depth.setdefault(layer.depth, []).append(number)
     if by_depth:
-        base = layers[0].kind == "base"
-        place = {"B": "Pool Skip", "C": "the control"}.get(arm, "")
-        label = ", ".join(ARMS[arm]) if base else f"{arm}: {place}'s own"
         depths = sorted(by_depth)
         means = [mean(by_depth[depth]) for depth in depths]
-        axes.plot(depths, means, ".-" if base else "x:", color=_colour(arm), alpha=0.8, label=label)
+        axes.plot(depths, means, ".-", color=_colour(arm), alpha=0.8, label=", ".join(ARMS[arm]))
 
 
 def _colour(arm: str) -> str:

@@ -1,7 +1,5 @@
 """The parts of a run, made from its recipe by timm and accelerate."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,19 +21,19 @@ if TYPE_CHECKING:
 EVAL_BATCH = 250
 
 
-def make_accelerator(recipe: Recipe, cpu: bool = False) -> Accelerator:
+def make_accelerator(recipe: Recipe, cpu: bool = False) -> "Accelerator":
     """Make accelerate's engine for this process.
 
     Args:
-        recipe: The run.
-        cpu: Train on the CPU where there is a GPU.
+        recipe: the run.
+        cpu: train on the CPU where there is a GPU.
 
     Returns:
-        The engine; under ``torchrun`` with its process group joined.
+        The engine; under `torchrun` with its process group joined.
 
     Raises:
-        ImportError: If accelerate, matplotlib or tqdm is missing.
-        ValueError: If the device cannot do the recipe's precision.
+        ImportError: if accelerate, matplotlib or tqdm is missing.
+        ValueError: if the device cannot do the recipe's precision.
     """
     try:
         import matplotlib  # noqa: F401  # its curves come last, and must not fail then
@@ -61,7 +59,7 @@ def is_known(model: str) -> bool:
     """Tell whether timm has a model; those of the study are registered when one is asked for that it has not.
 
     Args:
-        model: Name with or without tag.
+        model: name with or without tag.
 
     Returns:
         True for a model that `timm.create_model` makes.
@@ -77,13 +75,13 @@ def make_model(recipe: Recipe) -> nn.Module:
     """Make the recipe's model with fresh weights.
 
     Args:
-        recipe: The run.
+        recipe: the run.
 
     Returns:
         The model on the CPU.
 
     Raises:
-        ValueError: If timm does not know the model or it does not take ``model_args``.
+        ValueError: if timm does not know the model or it does not take `model_args`.
     """
     if not is_known(recipe.model):
         import difflib
@@ -99,16 +97,16 @@ def create_classifier(name: str, dataset: str, model_args: Mapping[str, Any], im
     """Make a model by a recipe's arguments, of which a base takes those of our classes too: one recipe is of both.
 
     Args:
-        name: Model name with or without tag.
-        dataset: Data set whose classes and preprocessing it has.
-        model_args: Keywords of `timm.create_model`.
-        image_size: Pixels that the data set's images are resized to, 0 for its own.
+        name: model name with or without tag.
+        dataset: data set whose classes and preprocessing it has.
+        model_args: keywords of `timm.create_model`.
+        image_size: pixels that the data set's images are resized to, 0 for its own.
 
     Returns:
         The model on the CPU, its configuration that of the data.
 
     Raises:
-        ValueError: If the model does not take ``model_args``.
+        ValueError: if the model does not take `model_args`.
     """
     import timm
 
@@ -129,12 +127,12 @@ def check_output(recipe: Recipe, model: nn.Module, sizes: Iterable[Sequence[int]
     """Refuse a model that does not give images of a recipe's sizes, or each of their pixels, the data set's classes.
 
     Args:
-        recipe: The run.
-        model: Its model, on the CPU.
-        sizes: Heights and widths of images.
+        recipe: the run.
+        model: its model, on the CPU.
+        sizes: heights and widths of images.
 
     Raises:
-        ValueError: Naming the size and what comes of it.
+        ValueError: naming the size and what comes of it.
     """
     for height, width in sizes:
         expected = [1, DATASETS[recipe.dataset].num_classes, *([height, width] if recipe.segments else [])]
@@ -154,17 +152,17 @@ def check_output(recipe: Recipe, model: nn.Module, sizes: Iterable[Sequence[int]
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """Make the optimizer, without weight decay on biases and norms unless ``optimizer_args`` ask for it.
+    """Make the optimizer, without weight decay on biases and norms unless `optimizer_args` ask for it.
 
     Args:
-        recipe: The run.
-        model: The model, on its device.
+        recipe: the run.
+        model: the model, on its device.
 
     Returns:
         The optimizer.
 
     Raises:
-        ValueError: If timm does not know the optimizer or it does not take ``optimizer_args``.
+        ValueError: if timm does not know the optimizer or it does not take `optimizer_args`.
     """
     from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, param_groups_weight_decay
 
@@ -205,12 +203,12 @@ def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_e
     """Make timm's scheduler, a pure function of the number of updates.
 
     Args:
-        recipe: The run.
-        optimizer: The optimizer that it drives.
-        steps_per_epoch: Updates per epoch.
+        recipe: the run.
+        optimizer: the optimizer that it drives.
+        steps_per_epoch: updates per epoch.
 
     Returns:
-        The scheduler; call ``step_update(updates)`` before each update.
+        The scheduler; call `step_update(updates)` before each update.
     """
     from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 
@@ -231,7 +229,7 @@ def make_mixup(recipe: Recipe) -> Callable[[torch.Tensor, torch.Tensor], tuple[t
     """Make timm's mixup and CutMix.
 
     Args:
-        recipe: The run.
+        recipe: the run.
 
     Returns:
         A function of images and labels that returns mixed images and soft labels, or None.
@@ -250,20 +248,20 @@ def make_mixup(recipe: Recipe) -> Callable[[torch.Tensor, torch.Tensor], tuple[t
 
 
 def make_loaders(
-    recipe: Recipe, splits: list[Split], accelerator: Accelerator
+    recipe: Recipe, splits: list[Split], shared: Mapping[str, Any]
 ) -> tuple[TrainLoader, EvalLoader | None]:
     """Make the loaders of this process.
 
     Args:
-        recipe: The run.
-        splits: Training images and, unless nothing is held out, held-out ones.
-        accelerator: The engine, for device, rank and number of processes.
+        recipe: the run.
+        splits: training images and, unless nothing is held out, held-out ones.
+        shared: keywords of both: statistics, device, layout, rank and number of processes.
 
     Returns:
         The training loader, and that of the held-out images or None.
 
     Raises:
-        ValueError: If the batch size does not fit the processes, the mixing or the data, or the crop not the images.
+        ValueError: if the batch size does not fit the processes, the mixing or the data, or the crop not the images.
     """
     info = DATASETS[recipe.dataset]
     red, green, blue = (round(255 * value) for value in info.mean)
@@ -279,16 +277,7 @@ def make_loaders(
         recipe.random_erasing,
         (red, green, blue),
     )
-    # The data set's statistics, not those of the model's configuration: that is of the weights which it loads.
-    shared: dict[str, Any] = {
-        "mean": info.mean,
-        "std": info.std,
-        "image_size": recipe.image_size or info.image_size,
-        "device": accelerator.device,
-        "channels_last": recipe.channels_last,
-        "rank": accelerator.process_index,
-        "world": accelerator.num_processes,
-    }
+    shared = {**shared, "image_size": recipe.image_size or info.image_size}
     settings: dict[str, Any] = {"accumulation": recipe.accumulation, "sizes": recipe.sizes}
     train = TrainLoader(splits[0], recipe.batch_size, augment, **settings, **shared)
     if recipe.mixes and train.micro_size % 2:

@@ -1,7 +1,5 @@
 """Scores of a classifier, and of a segmentation model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,10 +28,10 @@ class Scores:
     """Result of an evaluation.
 
     Args:
-        top1: Share of images whose class scores highest, per cent.
-        top5: Share of images whose class is among the five highest, per cent.
-        loss: Mean cross entropy, natural logarithm.
-        images: Number of images.
+        top1: share of images whose class scores highest, per cent.
+        top5: share of images whose class is among the five highest, per cent.
+        loss: mean cross entropy, natural logarithm.
+        images: number of images.
     """
 
     top1: float
@@ -47,11 +45,11 @@ class SegmentationScores:
     """Result of an evaluation of segmentation; void pixels count nowhere.
 
     Args:
-        miou: Mean over the classes of intersection over union, per cent.
-        pixel_accuracy: Share of pixels whose class scores highest, per cent.
-        loss: Mean cross entropy over pixels, natural logarithm.
-        images: Number of images.
-        class_iou: Intersection over union by label, over all images at once, per cent; None of a class that is
+        miou: mean over the classes of intersection over union, per cent.
+        pixel_accuracy: share of pixels whose class scores highest, per cent.
+        loss: mean cross entropy over pixels, natural logarithm.
+        images: number of images.
+        class_iou: intersection over union by label, over all images at once, per cent; None of a class that is
             neither in the labels nor in the results, which the mean leaves out.
     """
 
@@ -66,10 +64,10 @@ def describe(scores: Mapping[str, Any]) -> str:
     """Tell scores in words.
 
     Args:
-        scores: Scores of either kind, by name.
+        scores: scores of either kind, by name.
 
     Returns:
-        For example ``top-1 91.25 %, top-5 99.50 %, loss 0.2821``.
+        For example `top-1 91.25 %, top-5 99.50 %, loss 0.2821`.
     """
     return ", ".join(words.format(scores[key]) for key, words in _WORDS.items() if key in scores)
 
@@ -85,16 +83,16 @@ def evaluate(
     """Evaluate a classifier; it is put into evaluation mode and back.
 
     Args:
-        model: Images (B, 3, H, W) to logits (B, classes).
-        loader: Batches of images and integer labels, on the model's device.
-        autocast: Makes the context of a forward pass.
-        reduce: Sums a tensor over processes, where each has a part of the images.
+        model: images (B, 3, H, W) to logits (B, classes).
+        loader: batches of images and integer labels, on the model's device.
+        autocast: makes the context of a forward pass.
+        reduce: sums a tensor over processes, where each has a part of the images.
 
     Returns:
         The scores over all images.
 
     Raises:
-        ValueError: If there are no images.
+        ValueError: if there are no images.
     """
     sums = _sum_batches(model, loader, lambda images, labels: model(images), _sums, 4, autocast, reduce)
     top1, top5, loss, count = sums.tolist()
@@ -116,20 +114,20 @@ def evaluate_segmentation(
     """Evaluate a segmentation model at the resolution of the labels; it is put into evaluation mode and back.
 
     Args:
-        model: Images (B, 3, h, w) to logits (B, classes, h, w).
-        loader: Batches of images and labels (B, H, W), on the model's device; the sizes may differ.
-        classes: Number of classes.
-        void: Label of pixels that do not count.
-        window: Height and width of a sliding window, in pixels of the images; empty for whole images.
-        overlap: Share of a window that its neighbours cover too, 0 to 0.9.
-        autocast: Makes the context of a forward pass.
-        reduce: Sums a tensor over processes, where each has a part of the images.
+        model: images (B, 3, h, w) to logits (B, classes, h, w).
+        loader: batches of images and labels (B, H, W), on the model's device; the sizes may differ.
+        classes: number of classes.
+        void: label of pixels that do not count.
+        window: height and width of a sliding window, in pixels of the images; empty for whole images.
+        overlap: share of a window that its neighbours cover too, 0 to 0.9.
+        autocast: makes the context of a forward pass.
+        reduce: sums a tensor over processes, where each has a part of the images.
 
     Returns:
         The scores over all images.
 
     Raises:
-        ValueError: If there are no images, or none with a label.
+        ValueError: if there are no images, or none with a label.
     """
     from segmentation_models_pytorch.metrics import get_stats
 
@@ -164,11 +162,11 @@ def pixel_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, void: int, *
     Args:
         logits: (B, C, H, W).
         labels: (B, H, W) int64.
-        void: Label of pixels that do not count.
-        settings: More keywords of ``cross_entropy``.
+        void: label of pixels that do not count.
+        settings: more keywords of `cross_entropy`.
 
     Returns:
-        What ``cross_entropy`` of (B * H * W, C) logits returns.
+        What `cross_entropy` of (B * H * W, C) logits returns.
     """
     rows = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])
     return F.cross_entropy(rows, labels.flatten(), ignore_index=void, **settings)

@@ -1,12 +1,11 @@
 """The training loop: one process or many, resumed exactly."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from ..data.scene_loader import SceneTrainLoader
 from ..registry.checkpoint import WEIGHTS
 from . import build
 from .evaluate import Batches, describe
-from .metrics import Recorder, draw_curves, finite, hardware, versions, write_json
+from .metrics import Recorder, draw_curves, finite, hardware, has_bf16_units, versions, write_json
 from .recipe import Recipe, make_recipe
 from .signals import hold_signals
 from .start import init_file, init_seconds, init_weights
@@ -36,8 +35,6 @@ from .state import (
 from .task import make_task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from accelerate import Accelerator
 
 GPU_CHECK_EVERY = 50  # steps between looks at the loss: each look waits for the GPU
@@ -56,31 +53,31 @@ def train(
     download: bool = False,
     cpu: bool = False,
 ) -> dict[str, Any] | None:
-    """Train by a recipe, in this process or, under ``torchrun``, in several.
+    """Train by a recipe, in this process or, under `torchrun`, in several.
 
-    The run folder is ``<output>/<name>-s<seed>``. A run that was ended in any way goes on from its last checkpoint when
-    called again, and ends equal to the bit to one that was not ended (on a GPU with ``deterministic``; with the same
+    The run folder is `<output>/<name>-s<seed>`. A run that was ended in any way goes on from its last checkpoint when
+    called again, and ends equal to the bit to one that was not ended (on a GPU with `deterministic`; with the same
     number of processes). A finished run is not trained again. At SIGTERM or Ctrl-C it writes a checkpoint before the
     signal takes its course; a second Ctrl-C ends it at once.
 
     Args:
-        recipe: The run.
-        data_dir: Data folder; None takes ``POOLSKIP_DATA_DIR``.
-        output: Folder of run folders.
-        resume: Go on from the run folder's checkpoint; False removes what a run wrote there.
-        checkpoint_steps: Also write a checkpoint after every so many steps, >= 0; 0 for after each epoch alone.
-        limit_steps: Stop with a checkpoint after so many steps in this call, >= 0; 0 for no limit.
-        limit_seconds: Stop with a checkpoint after so much time in this call, >= 0; 0 for no limit.
-        download: Let torchvision fetch the data set.
-        cpu: Train on the CPU where there is a GPU.
+        recipe: the run.
+        data_dir: data folder; None takes `POOLSKIP_DATA_DIR`.
+        output: folder of run folders.
+        resume: go on from the run folder's checkpoint; False removes what a run wrote there.
+        checkpoint_steps: also write a checkpoint after every so many steps, >= 0; 0 for after each epoch alone.
+        limit_steps: stop with a checkpoint after so many steps in this call, >= 0; 0 for no limit.
+        limit_seconds: stop with a checkpoint after so much time in this call, >= 0; 0 for no limit.
+        download: let torchvision fetch the data set.
+        cpu: train on the CPU where there is a GPU.
 
     Returns:
-        What ``metrics.json`` holds, or None if stopped by a limit.
+        What `metrics.json` holds, or None if stopped by a limit.
 
     Raises:
-        ValueError: If the recipe does not fit model, data, devices, or the run that the folder holds.
-        FileNotFoundError: If data or the weights to start from are missing.
-        RuntimeError: If the loss is no longer finite, the disk is full, a checkpoint is damaged, or another process
+        ValueError: if the recipe does not fit model, data, devices, or the run that the folder holds.
+        FileNotFoundError: if data or the weights to start from are missing.
+        RuntimeError: if the loss is no longer finite, the disk is full, a checkpoint is damaged, or another process
             trains in the run folder.
     """
     limits = {"checkpoint_steps": checkpoint_steps, "limit_steps": limit_steps, "limit_seconds": limit_seconds}
@@ -119,7 +116,7 @@ class _Run:
         self,
         recipe: Recipe,
         folder: Path,
-        accelerator: Accelerator,
+        accelerator: "Accelerator",
         data_dir: str | os.PathLike[str] | None,
         download: bool,
     ) -> None:
@@ -190,10 +187,14 @@ class _Run:
             unit_scale=True,
             mininterval=0.5 if sys.stderr.isatty() else 60.0,
         )
+        emulated = self.accelerator.device.type == "cpu" and self.recipe.precision == "bf16" and not has_bf16_units()
+        if emulated:
+            self.bar.write("this CPU emulates bfloat16, several times slower than float32: --set precision=fp32")
         if begun:
             self.bar.write(begun)
         if done:
-            self.bar.write(f"resumed at epoch {self.epoch + 1}, step {self.step + 1}")
+            where = f"epoch {self.epoch + 1}, step {self.step + 1}" if self.epoch < self.recipe.epochs else "the end"
+            self.bar.write(f"resumed at {where}")
 
     def _start(self) -> str:
         """Load the recipe's first weights; their training counts in the run's time. Return a line to show."""

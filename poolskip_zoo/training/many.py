@@ -1,7 +1,5 @@
 """A list of runs, one after another within a time limit."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import io
@@ -16,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ..contexts import write_atomic
 from ..registry.checkpoint import WEIGHTS
 from .loop import train
 from .metrics import write_json
-from .recipe import RECIPE_DIR, Recipe, load_recipe, read_yaml
+from .recipe import RECIPE_DIR, Recipe, load_recipe, read_file
 from .state import finished_metrics, run_folder
 
 SUMMARY = "results.csv"
@@ -35,11 +32,11 @@ class Outcome:
     """How one run of a list ended.
 
     Args:
-        recipe: The run.
-        state: ``finished``, ``stopped`` (by the time limit; the next call goes on), ``waiting`` or ``failed``.
-        metrics: What ``metrics.json`` holds, of a finished run.
-        scores: What the measurement on the test set returned, of a finished run.
-        error: One line, of a failed run.
+        recipe: the run.
+        state: `finished`, `stopped` (by the time limit; the next call goes on), `waiting` or `failed`.
+        metrics: what `metrics.json` holds, of a finished run.
+        scores: what the measurement on the test set returned, of a finished run.
+        error: one line, of a failed run.
     """
 
     recipe: Recipe
@@ -54,21 +51,21 @@ def load_list(
 ) -> list[Recipe]:
     """Read a list of runs.
 
-    A YAML list; an entry is the name or path of a recipe, or a mapping of ``recipe``, ``seeds`` (default: the
-    recipe's own), ``set`` (keys that override the recipe's) and ``grid``. A grid is a list of mappings like ``set``:
+    A YAML list; an entry is the name or path of a recipe, or a mapping of `recipe`, `seeds` (default: the
+    recipe's own), `set` (keys that override the recipe's) and `grid`. A grid is a list of mappings like `set`:
     each of its points is trained with the first seed, and the one of best held-out accuracy with the other seeds too.
 
     Args:
-        source: The file, or the name of a shipped list such as ``c10``.
-        output: Folder of run folders, where the results on a grid are found.
+        source: the file, or the name of a shipped list such as `c10`.
+        output: folder of run folders, where the results on a grid are found.
         share: (i, n) takes every n-th entry from the i-th on, counted from 1, for n calls beside each other.
 
     Returns:
         One recipe for each entry and seed, in order; of a grid the first seed's alone until all of these are finished.
 
     Raises:
-        FileNotFoundError: If the file or a recipe is missing.
-        ValueError: If the list is malformed, two runs would share a folder, a grid's results are of other recipes, or
+        FileNotFoundError: if the file or a recipe is missing.
+        ValueError: if the list is malformed, two runs would share a folder, a grid's results are of other recipes, or
             there is no such share.
     """
     shipped = RECIPE_DIR / "lists" / f"{source}.yaml"
@@ -76,10 +73,7 @@ def load_list(
     if not path.is_file():
         names = ", ".join(sorted(each.stem for each in shipped.parent.glob("*.yaml")))
         raise FileNotFoundError(f"no file {str(source)!r} and no shipped list of that name; shipped: {names}")
-    try:
-        entries = read_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    entries = read_file(path)
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} must be a YAML list of recipes")
     part, parts = share
@@ -108,7 +102,8 @@ def _expand(path: Path, entry: Any, output: Path) -> Iterator[Recipe]:
     points = []
     for point in grid:
         recipe = load_recipe(
-            entry["recipe"], [f"{key}={json.dumps(value, default=str)}" for key, value in (changes | point).items()]
+            entry["recipe"],
+            [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in (changes | point).items()],
         )
         points.append(dataclasses.replace(recipe, name="_".join([recipe.name, *(f"{k}{v}" for k, v in point.items())])))
     seeds = [points[0].seed] if seeds is None else seeds
@@ -139,13 +134,13 @@ def held_out_accuracy(metrics: dict[str, Any]) -> float:
     """Find the score that a choice between runs goes by.
 
     Args:
-        metrics: What a run's ``metrics.json`` holds.
+        metrics: what a run's `metrics.json` holds.
 
     Returns:
         Top-1 accuracy or mIoU on held-out images, per cent.
 
     Raises:
-        ValueError: If none were held out.
+        ValueError: if none were held out.
     """
     scores = metrics["val"]
     if not scores:
@@ -157,7 +152,7 @@ def summary_name(share: tuple[int, int] = (1, 1)) -> str:
     """Name the table of runs.
 
     Args:
-        share: As in `load_list`.
+        share: as in `load_list`.
 
     Returns:
         File name, one for each share.
@@ -177,12 +172,12 @@ def train_list(
     """Train a list, and the runs that join it as its grids are decided; arguments and errors as for `load_list` too.
 
     Args:
-        source: The list.
-        data_dir: Data folder; None takes ``POOLSKIP_DATA_DIR``.
-        output: Folder of run folders.
-        share: Which entries.
-        limit_seconds: Time for all of them together, 0 for no limit.
-        settings: More keywords of `train_many`.
+        source: the list.
+        data_dir: data folder; None takes `POOLSKIP_DATA_DIR`.
+        output: folder of run folders.
+        share: which entries.
+        limit_seconds: time for all of them together, 0 for no limit.
+        settings: more keywords of `train_many`.
 
     Returns:
         The outcomes, in order.
@@ -193,7 +188,7 @@ def train_list(
         outcomes = train_many(recipes, data_dir, output, limit_seconds=left, summary=summary_name(share), **settings)
         known = load_list(source, output, share)
         left = _agreed(limit_seconds - (time.monotonic() - begun) if limit_seconds else 0)
-        if known == recipes or left < 0:
+        if known == recipes or (limit_seconds and left <= 0):
             return outcomes
         recipes = known
 
@@ -216,21 +211,21 @@ def train_many(
     Beside the runs' folders, a table has a line for each run of the list.
 
     Args:
-        recipes: The runs, as `load_list` returns them.
-        data_dir: Data folder; None takes ``POOLSKIP_DATA_DIR``.
-        output: Folder of run folders.
-        limit_seconds: Time for all of them together, 0 for no limit; what is not finished goes on in the next call.
-        part_size: Also leave the weights in files of at most this size, such as ``"16MB"``; empty for none.
-        measure: Makes test scores of a finished run's folder; kept in its ``scores.json``.
-        summary: File name of the table.
-        settings: More keywords of `train`.
+        recipes: the runs, as `load_list` returns them.
+        data_dir: data folder; None takes `POOLSKIP_DATA_DIR`.
+        output: folder of run folders.
+        limit_seconds: time for all of them together, 0 for no limit; what is not finished goes on in the next call.
+        part_size: also leave the weights in files of at most this size, such as `"16MB"`; empty for none.
+        measure: makes test scores of a finished run's folder; kept in its `scores.json`.
+        summary: file name of the table.
+        settings: more keywords of `train`.
 
     Returns:
         The outcomes, in order.
 
     Raises:
-        ValueError: If ``limit_seconds`` is negative or ``part_size`` no size.
-        Exception: In several processes, whatever ended a run.
+        ValueError: if `limit_seconds` is negative or `part_size` no size.
+        Exception: in several processes, whatever ended a run.
     """
     if limit_seconds < 0:
         raise ValueError(f"limit_seconds={limit_seconds} must be at least 0")
@@ -278,8 +273,8 @@ def scores_on_test(folder: Path, measure: Callable[[Path], dict[str, Any]] | Non
     """Measure a run on the test set once: later calls read what was written.
 
     Args:
-        folder: The run folder.
-        measure: Makes its scores; None only reads.
+        folder: the run folder.
+        measure: makes its scores; None only reads.
 
     Returns:
         The scores, or None where there are none.
@@ -291,14 +286,14 @@ def scores_on_test(folder: Path, measure: Callable[[Path], dict[str, Any]] | Non
 
 
 def split_weights(folder: Path, part_size: str) -> None:
-    """Leave a run's weights also as parts, the Hub's sharded form: ``parts/`` with an index.
+    """Leave a run's weights also as parts, the Hub's sharded form: `parts/` with an index.
 
     Args:
-        folder: The run folder.
-        part_size: Largest size of a part, such as ``"16MB"``; a larger tensor has a part of its own.
+        folder: the run folder.
+        part_size: largest size of a part, such as `"16MB"`; a larger tensor has a part of its own.
 
     Raises:
-        ValueError: If the size is not understood.
+        ValueError: if the size is not understood.
     """
     from huggingface_hub import save_torch_state_dict
     from safetensors.torch import load_file
@@ -313,13 +308,13 @@ def split_weights(folder: Path, part_size: str) -> None:
 
 
 def join_weights(folder: Path) -> None:
-    """Make a run's ``model.safetensors`` again from its parts, equal to the byte.
+    """Make a run's `model.safetensors` again from its parts, equal to the byte.
 
     Args:
-        folder: The run folder.
+        folder: the run folder.
 
     Raises:
-        FileNotFoundError: If there is neither, or a part is missing.
+        FileNotFoundError: if there is neither, or a part is missing.
     """
     from safetensors.torch import load_file, save
 

@@ -1,7 +1,5 @@
 """Records of a run: lines of metrics, TensorBoard, a picture of curves, and what it ran on."""
 
-from __future__ import annotations
-
 import json
 import math
 import platform
@@ -20,11 +18,11 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically.
 
     Args:
-        path: The file.
-        value: Anything JSON takes.
+        path: the file.
+        value: anything JSON takes.
 
     Raises:
-        RuntimeError: If the disk is full.
+        RuntimeError: if the disk is full.
     """
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
 
@@ -33,7 +31,7 @@ def finite(value: float) -> float | None:
     """Turn a number into what JSON takes.
 
     Args:
-        value: The number.
+        value: the number.
 
     Returns:
         The number, or None of one that is not finite.
@@ -42,13 +40,13 @@ def finite(value: float) -> float | None:
 
 
 class Recorder:
-    """Writes one row per epoch to ``metrics.jsonl`` and, where it is installed, to TensorBoard.
+    """Writes one row per epoch to `metrics.jsonl` and, where it is installed, to TensorBoard.
 
     The whole file is written anew each time: a resumed run goes back to its last checkpoint and leaves no row twice.
 
     Args:
-        folder: The run folder.
-        history: Rows so far; appended to.
+        folder: the run folder.
+        history: rows so far; appended to.
     """
 
     def __init__(self, folder: Path, history: list[Row]) -> None:
@@ -60,10 +58,10 @@ class Recorder:
         """Add the row of an epoch.
 
         Args:
-            row: Numbers by name, ``epoch`` and ``step`` among them.
+            row: numbers by name, `epoch` and `step` among them.
 
         Raises:
-            RuntimeError: If the disk is full.
+            RuntimeError: if the disk is full.
         """
         self.history.append(row)
         self._write()
@@ -97,16 +95,16 @@ def draw_curves(path: Path, history: list[Row], title: str) -> None:
     """Draw losses, scores and learning rate over epochs as a PNG.
 
     Args:
-        path: The picture.
-        history: Rows of `Recorder`.
-        title: Heading.
+        path: the picture.
+        history: rows of `Recorder`.
+        title: heading.
 
     Raises:
-        ImportError: If matplotlib is missing.
-        RuntimeError: If the disk is full.
+        ImportError: if matplotlib is missing.
+        RuntimeError: if the disk is full.
     """
     panels = [
-        ("loss", ("train_loss", "val_loss"), "train: as trained, val: cross entropy"),
+        ("loss", ("train_loss", "val_loss"), "train: with smoothing and mixing, val: without"),
         ("scores", ("val_top1", "val_top5", "val_miou", "val_pixel_accuracy"), "on held-out images, %"),
         ("learning rate", ("lr",), "at the end of the epoch"),
     ]
@@ -122,24 +120,32 @@ def draw_curves(path: Path, history: list[Row], title: str) -> None:
                 axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "", label=key)
         if axes.lines and len(keys) > 1:
             axes.legend()
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     save_figure(figure, path)
+
+
+def has_bf16_units() -> bool:
+    """Whether the CPU computes in bfloat16 by itself; where torch cannot tell (no x86), yes."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is None or platform.machine().lower() not in ("x86_64", "amd64") or bool(supported())
 
 
 def hardware(device: torch.device, processes: int) -> str:
     """Name the hardware in one line.
 
     Args:
-        device: The training device.
-        processes: Number of processes.
+        device: the training device.
+        processes: number of processes.
 
     Returns:
-        For example ``NVIDIA H100 80GB HBM3`` or ``AMD EPYC 9654 (CPU, 2 threads)``.
+        For example `NVIDIA H100 80GB HBM3` or `AMD EPYC 9654 (CPU, 2 threads)`.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{_cpu_name()} (CPU, {torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        name = f"{_cpu_name()} (CPU, {threads} thread{'s' * (threads > 1)})"
     return name if processes == 1 else f"{processes} x {name}"
 
 

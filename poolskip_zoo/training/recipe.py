@@ -1,7 +1,5 @@
 """Recipes: everything that decides a training run, as one validated YAML file."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import re
@@ -23,64 +21,64 @@ class Recipe:
     """A training run. Where it runs (data folder, output folder, devices) is no part of it.
 
     Args:
-        name: Name of the checkpoint that it makes, ``<model>.<tag>``.
-        model: timm model name; for segmentation the name of smp's architecture, such as ``unet``.
-        model_args: Keywords of ``timm.create_model``, for segmentation of ``smp.create_model`` (``encoder_name`` and
-            ``encoder_weights``, None where left out); the number of classes comes from the data set.
-        init: Weights to start from: name of a recipe whose run by the same seed has ended in the same output folder, of
+        name: name of the checkpoint that it makes, `<model>.<tag>`.
+        model: timm model name; for segmentation the name of smp's architecture, such as `unet`.
+        model_args: keywords of `timm.create_model`, for segmentation of `smp.create_model` (`encoder_name` and
+            `encoder_weights`, None where left out); the number of classes comes from the data set.
+        init: weights to start from: name of a recipe whose run by the same seed has ended in the same output folder, of
             a checkpoint of the zoo, or path of a safetensors file; empty for fresh ones. Pool Skip that they lack
             starts at zero, a last layer for other classes fresh.
-        dataset: One of `poolskip_zoo.data.DATASETS`; it decides whether images are classified or segmented.
-        hold_out: Training images held out to choose by, >= 0; 0 trains on all and measures nothing; -1 takes the
+        dataset: one of `poolskip_zoo.data.DATASETS`; it decides whether images are classified or segmented.
+        hold_out: training images held out to choose by, >= 0; 0 trains on all and measures nothing; -1 takes the
             validation images that a segmentation data set has of its own.
-        train_images: Images to train on, of those not held out as many of each class as possible and the same for every
+        train_images: images to train on, of those not held out as many of each class as possible and the same for every
             seed; 0 takes all.
-        image_size: Pixels, 8 to 1024, for segmentation of the shorter side, which keeps its proportion to the longer
+        image_size: pixels, 8 to 1024, for segmentation of the shorter side, which keeps its proportion to the longer
             one; 0 takes the data set's own.
-        sizes: Pairs of an epoch, from 0, and the size in pixels, 8 to 1024, of training images from then on; empty for
-            ``image_size`` throughout. Held-out images keep ``image_size``.
+        sizes: pairs of an epoch, from 0, and the size in pixels, 8 to 1024, of training images from then on; empty for
+            `image_size` throughout. Held-out images keep `image_size`.
         epochs: >= 1.
-        batch_size: Images per optimizer step over all processes and accumulation steps, >= 1.
-        accumulation: Forward passes per optimizer step, >= 1.
+        batch_size: images per optimizer step over all processes and accumulation steps, >= 1.
+        accumulation: forward passes per optimizer step, >= 1.
         optimizer: timm optimizer name.
-        lr: Peak learning rate, > 0.
-        momentum: SGD momentum (beta1 in others is set by ``optimizer_args``), 0 to 1.
+        lr: peak learning rate, > 0.
+        momentum: SGD momentum (beta1 in others is set by `optimizer_args`), 0 to 1.
         nesterov: Nesterov momentum; SGD alone.
         weight_decay: >= 0; biases, norms and what the model exempts have none, as in timm.
-        optimizer_args: More keywords of the optimizer; with ``filter_bias_and_bn: false``, timm's name for it, all
+        optimizer_args: more keywords of the optimizer; with `filter_bias_and_bn: false`, timm's name for it, all
             parameters have weight decay, as where a torch optimizer is given `model.parameters()`.
-        encoder_lr: Factor on the learning rate of a segmentation model's encoder, > 0.
-        scheduler: ``cosine``, ``linear``, ``poly`` (power 0.9; all down to ``min_lr``) or ``constant``; stepped at
+        encoder_lr: factor on the learning rate of a segmentation model's encoder, > 0.
+        scheduler: `cosine`, `linear`, `poly` (power 0.9; all down to `min_lr`) or `constant`; stepped at
             every update.
-        warmup_epochs: Linear warm-up from 0, in epochs, >= 0, may be a fraction.
-        min_lr: Last learning rate, >= 0.
-        loss: Of segmentation: ``ce`` (cross entropy), ``dice``, or ``ce+dice``.
-        class_weights: Of segmentation, in the cross entropy: ``none``, or ``balanced``: the median frequency over a
+        warmup_epochs: linear warm-up from 0, in epochs, >= 0, may be a fraction.
+        min_lr: last learning rate, >= 0.
+        loss: of segmentation: `ce` (cross entropy), `dice`, or `ce+dice`.
+        class_weights: of segmentation, in the cross entropy: `none`, or `balanced`: the median frequency over a
             class's own, as SegNet's.
         label_smoothing: 0 to 1.
-        mixup: Beta parameter of mixup, 0 for none.
-        cutmix: Beta parameter of CutMix, 0 for none; with both, each batch draws one of them.
-        mix_prob: Probability that a batch is mixed, 0 to 1.
-        ema_decay: Decay of the weights' moving average, 0 for none; with it the average is what is saved.
-        ema_warmup: Let the decay rise from 0 to ``ema_decay`` over the first updates.
-        clip_grad: Largest gradient norm, 0 for no clipping.
-        crop_padding: Pixels of zero padding before a random crop, 0 to 64.
-        crop_size: Height and width that are cut out at random. Of classification a square, before it is resized to
-            ``image_size`` or ``sizes``; empty for that of the images. Of segmentation multiples of 32.
-        scale: Of segmentation: least and greatest factor on the size before the crop.
-        color_jitter: Of segmentation: largest relative change of brightness, contrast and saturation, 0 to 1.
-        window: Of segmentation: height and width of evaluation's sliding window, empty for whole images.
-        overlap: Share of a window that its neighbours cover too, 0 to 0.9.
-        flip: Random left-right flip.
+        mixup: beta parameter of mixup, 0 for none.
+        cutmix: beta parameter of CutMix, 0 for none; with both, each batch draws one of them.
+        mix_prob: probability that a batch is mixed, 0 to 1.
+        ema_decay: decay of the weights' moving average, 0 for none; with it the average is what is saved.
+        ema_warmup: let the decay rise from 0 to `ema_decay` over the first updates.
+        clip_grad: largest gradient norm, 0 for no clipping.
+        crop_padding: pixels of zero padding before a random crop, 0 to 64.
+        crop_size: height and width that are cut out at random. Of classification a square, before it is resized to
+            `image_size` or `sizes`; empty for that of the images. Of segmentation multiples of 32.
+        scale: of segmentation: least and greatest factor on the size before the crop.
+        color_jitter: of segmentation: largest relative change of brightness, contrast and saturation, 0 to 1.
+        window: of segmentation: height and width of evaluation's sliding window, empty for whole images.
+        overlap: share of a window that its neighbours cover too, 0 to 0.9.
+        flip: random left-right flip.
         rand_augment: timm RandAugment string, empty for none.
-        random_erasing: Probability of erasing a rectangle, 0 to 1.
-        precision: ``fp32``, ``bf16`` or ``fp16`` (autocast).
-        channels_last: Memory layout of the model.
+        random_erasing: probability of erasing a rectangle, 0 to 1.
+        precision: `fp32`, `bf16` or `fp16` (autocast).
+        channels_last: memory layout of the model.
         seed: >= 0; of weights, order, augmentation, dropout.
         sync_bn: BatchNorm statistics over all processes (GPU).
-        compile: ``torch.compile`` the model.
-        deterministic: Refuse GPU operations that are not repeatable to the bit.
-        save_dtype: ``float16`` or ``float32``: of the saved weights.
+        compile: `torch.compile` the model.
+        deterministic: refuse GPU operations that are not repeatable to the bit.
+        save_dtype: `float16` or `float32`: of the saved weights.
     """
 
     name: str
@@ -219,7 +217,7 @@ def read_yaml(text: str) -> Any:
         Plain data.
 
     Raises:
-        yaml.YAMLError: If it is none.
+        yaml.YAMLError: if it is none.
 
     Example:
         >>> read_yaml("{eps: 1e-8, name: c10_e60}")
@@ -228,29 +226,44 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)  # a safe loader
 
 
+def read_file(path: Path) -> Any:
+    """Read a YAML file as `read_yaml` does.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Plain data.
+
+    Raises:
+        ValueError: if it is no YAML.
+    """
+    try:
+        return read_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of bytes that are no text, and a date that is none
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+
+
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        source: Path of a YAML file, or the name of a shipped recipe.
-        overrides: ``key=value`` strings, the value in YAML; ``model_args.key=value`` reaches into a mapping.
+        source: path of a YAML file, or the name of a shipped recipe.
+        overrides: `key=value` strings, the value in YAML; `model_args.key=value` reaches into a mapping.
 
     Returns:
         The recipe.
 
     Raises:
-        FileNotFoundError: If there is neither such a file nor such a shipped recipe.
-        ValueError: If it is no YAML mapping, or a key or value is unknown or out of range.
+        FileNotFoundError: if there is neither such a file nor such a shipped recipe.
+        ValueError: if it is no YAML mapping, or a key or value is unknown or out of range.
 
     Example:
         >>> load_recipe("resnet20_cifar.c10", ["epochs=5", "seed=1"]).epochs
         5
     """
     path = _find(str(source))
-    try:
-        values = read_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # a date that is none, too
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    values = read_file(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of recipe keys, not {type(values).__name__}")
     for override in overrides:
@@ -265,13 +278,13 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     """Validate a mapping of recipe keys.
 
     Args:
-        values: Keys and values as in YAML.
+        values: keys and values as in YAML.
 
     Returns:
         The recipe.
 
     Raises:
-        ValueError: If a key is unknown or missing, or a value is of the wrong type or out of range.
+        ValueError: if a key is unknown or missing, or a value is of the wrong type or out of range.
 
     Example:
         >>> make_recipe({"name": "a.b", "model": "a", "dataset": "cifar10", "epoch": 3})  # doctest: +ELLIPSIS
@@ -314,7 +327,7 @@ def _find(source: str) -> Path:
 
 
 def _override(values: dict[str, Any], text: str) -> None:
-    """Apply one ``key=value``."""
+    """Apply one `key=value`."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ValueError(f"override {text!r} is not of the form key=value")
@@ -325,7 +338,7 @@ def _override(values: dict[str, Any], text: str) -> None:
             raise ValueError(f"override {text!r}: {part} is no mapping")
     try:
         target[parts[-1]] = read_yaml(value) if value else ""
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"override {text!r}: the value is no valid YAML") from error
 
 

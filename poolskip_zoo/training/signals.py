@@ -1,7 +1,5 @@
 """SIGTERM, by which schedulers ask for the machine some seconds before they take it, and Ctrl-C."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

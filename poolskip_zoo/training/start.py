@@ -1,7 +1,5 @@
 """The weights that a run starts from, where its recipe names some."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
@@ -22,15 +20,15 @@ def init_file(recipe: Recipe, output: Path) -> Path:
     """Find the weights that a recipe names.
 
     Args:
-        recipe: The run, with ``init``.
-        output: Folder of run folders.
+        recipe: the run, with `init`.
+        output: folder of run folders.
 
     Returns:
         A safetensors file: of the finished run of that name and the same seed, of the zoo's checkpoint, or at the path.
 
     Raises:
-        FileNotFoundError: If there is none.
-        RuntimeError: If it is a checkpoint whose weights cannot be had.
+        FileNotFoundError: if there is none.
+        RuntimeError: if it is a checkpoint whose weights cannot be had.
     """
     path = Path(recipe.init)
     if path.is_file():
@@ -54,15 +52,15 @@ def init_weights(path: Path, model: nn.Module) -> tuple[dict[str, torch.Tensor],
     """Read weights for a model that may have Pool Skip and another number of classes beyond them.
 
     Args:
-        path: A safetensors file.
-        model: The model, with fresh weights.
+        path: a safetensors file.
+        model: the model, with fresh weights.
 
     Returns:
         The model's whole state, Pool Skip at zero where the file has none, so that the output is the base model's; and
         the names of tensors that stay fresh, those of a last layer for other classes.
 
     Raises:
-        ValueError: If the file is damaged or of another model.
+        ValueError: if the file is damaged or of another model.
     """
     try:
         given = load_file(path)
@@ -88,11 +86,11 @@ def init_seconds(recipe: Recipe, path: Path) -> float:
     """Tell how long the weights that a run starts from were trained.
 
     Args:
-        recipe: The run, with ``init``.
-        path: What `init_file` found for it.
+        recipe: the run, with `init`.
+        path: what `init_file` found for it.
 
     Returns:
-        Seconds by the ``metrics.json`` beside them or the checkpoint's record, 0 where there is neither.
+        Seconds by the `metrics.json` beside them or the checkpoint's record, 0 where there is neither.
     """
     metrics = path.with_name("metrics.json")
     if metrics.is_file():

@@ -5,8 +5,6 @@ every random number drawn while a step runs comes from generators seeded by (see
 checkpoint holds everything else at full precision. So no generator's state is saved.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import io
@@ -41,11 +39,11 @@ def run_folder(output: str | os.PathLike[str], recipe: Recipe) -> Path:
     """Name the folder of a run.
 
     Args:
-        output: Folder of run folders.
-        recipe: The run.
+        output: folder of run folders.
+        recipe: the run.
 
     Returns:
-        ``<output>/<name>-s<seed>``.
+        `<output>/<name>-s<seed>`.
     """
     return Path(output) / f"{recipe.name}-s{recipe.seed}"
 
@@ -54,15 +52,15 @@ def finished_metrics(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     """Read the metrics of a finished run, after a check that the folder's run is the same one.
 
     Args:
-        folder: The run folder.
-        recipe: The run that is meant.
+        folder: the run folder.
+        recipe: the run that is meant.
 
     Returns:
-        What ``metrics.json`` holds, or None if the run is not finished, or has lost its weights and can write them
+        What `metrics.json` holds, or None if the run is not finished, or has lost its weights and can write them
         again.
 
     Raises:
-        ValueError: If the folder holds a run of another recipe, or a file in it is damaged.
+        ValueError: if the folder holds a run of another recipe, or a file in it is damaged.
     """
     path, checkpoint, weights = (folder / name for name in ("metrics.json", CHECKPOINT, WEIGHTS))
     if not (path.exists() or checkpoint.exists() or weights.exists()):
@@ -92,14 +90,14 @@ def open_folder(folder: Path, resume: bool) -> int | None:
     """Make or clear a run folder, and keep other processes from training in it.
 
     Args:
-        folder: The run folder.
-        resume: Keep what a run wrote there, but for what a killed process left half-written.
+        folder: the run folder.
+        resume: keep what a run wrote there, but for what a killed process left half-written.
 
     Returns:
         A file descriptor that holds the lock until it is closed or the process ends; None where there are no locks.
 
     Raises:
-        RuntimeError: If another process trains in it, or the disk is full.
+        RuntimeError: if another process trains in it, or the disk is full.
     """
     with explain_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,9 +128,9 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed every global generator for one forward and backward pass (dropout, stochastic depth, mixup).
 
     Args:
-        seed: Seed of the run.
-        step: Number of the pass, counted over the whole run, from 0.
-        rank: Number of this process.
+        seed: seed of the run.
+        step: number of the pass, counted over the whole run, from 0.
+        rank: number of this process.
     """
     bits = int(random_bits(seed, step, np.array([rank]), _STEP_STREAM)[0])
     random.seed(bits)
@@ -144,11 +142,11 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Write the state of a run.
 
     Args:
-        folder: The run folder.
-        state: Tensors, numbers, strings, lists and dicts alone, so that it loads without pickled code.
+        folder: the run folder.
+        state: tensors, numbers, strings, lists and dicts alone, so that it loads without pickled code.
 
     Raises:
-        RuntimeError: If the disk is full; the last checkpoint is intact.
+        RuntimeError: if the disk is full; the last checkpoint is intact.
     """
     buffer = io.BytesIO()  # torch.save straight to a full disk fails with an internal error instead of ENOSPC
     torch.save(state, buffer)
@@ -161,13 +159,13 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """Read the state of a run.
 
     Args:
-        folder: The run folder.
+        folder: the run folder.
 
     Returns:
         The state, or None where there is none.
 
     Raises:
-        RuntimeError: If the file is damaged.
+        RuntimeError: if the file is damaged.
     """
     path = folder / CHECKPOINT
     if not path.exists():
@@ -185,12 +183,12 @@ def save_weights(path: Path, model: torch.nn.Module, dtype: torch.dtype) -> None
     """Write a model's state as safetensors.
 
     Args:
-        path: The file.
-        model: The model.
-        dtype: Type of floating-point tensors; one that would overflow in it stays as it is.
+        path: the file.
+        model: the model.
+        dtype: type of floating-point tensors; one that would overflow in it stays as it is.
 
     Raises:
-        RuntimeError: If the disk is full.
+        RuntimeError: if the disk is full.
     """
     from safetensors.torch import save
 

@@ -3,8 +3,6 @@
 Both classes have the same methods.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from typing import TYPE_CHECKING, Any
@@ -28,13 +26,29 @@ if TYPE_CHECKING:
 DataDir = str | os.PathLike[str] | None
 
 
-class Classification:
-    """One class for an image; a timm model."""
-
-    scores: tuple[str, ...] = ("loss", "top1", "top5")
+class _Task:
+    """What both tasks share."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.info: Any = DATASETS[recipe.dataset]
+
+    def _of_loaders(self, accelerator: "Accelerator") -> dict[str, Any]:
+        """What all loaders of a run are given: the data set's statistics, not those of the weights it starts from."""
+        return {
+            "mean": self.info.mean,
+            "std": self.info.std,
+            "device": accelerator.device,
+            "channels_last": self.recipe.channels_last,
+            "rank": accelerator.process_index,
+            "world": accelerator.num_processes,
+        }
+
+
+class Classification(_Task):
+    """One class for an image; a timm model."""
+
+    scores: tuple[str, ...] = ("loss", "top1", "top5")
 
     def make_model(self, trained: bool = False) -> nn.Module:
         """Make the model; for trained weights without those that it started from, which may have to be fetched."""
@@ -48,7 +62,7 @@ class Classification:
         build.check_output(self.recipe, model, [(size, size) for size in sorted(sizes)])
 
     def make_loaders(
-        self, data_dir: DataDir, download: bool, accelerator: Accelerator
+        self, data_dir: DataDir, download: bool, accelerator: "Accelerator"
     ) -> tuple[TrainLoader, EvalLoader | None]:
         """Make the loaders of training and of held-out images, if any."""
         hold_out = self.recipe.hold_out
@@ -56,7 +70,7 @@ class Classification:
         splits = load_splits(self.recipe.dataset, names, data_dir, hold_out=hold_out, download=download)
         if self.recipe.train_images:
             splits[0] = splits[0].part(self.recipe.train_images)
-        return build.make_loaders(self.recipe, splits, accelerator)
+        return build.make_loaders(self.recipe, splits, self._of_loaders(accelerator))
 
     def make_criterion(self) -> nn.Module:
         """Make the loss."""
@@ -76,14 +90,13 @@ class Classification:
         return {"config.json": timm_config(made, self.recipe.dataset)}
 
 
-class Segmentation:
+class Segmentation(_Task):
     """One class for every pixel; a model of smp."""
 
     scores: tuple[str, ...] = ("loss", "miou", "pixel_accuracy")
 
     def __init__(self, recipe: Recipe) -> None:
-        info: Any = DATASETS[recipe.dataset]
-        self.recipe, self.info = recipe, info
+        super().__init__(recipe)
         self._train: Scenes | None = None
 
     def make_model(self, trained: bool = False) -> nn.Module:
@@ -96,21 +109,14 @@ class Segmentation:
         build.check_output(self.recipe, model, [self.recipe.crop_size])
 
     def make_loaders(
-        self, data_dir: DataDir, download: bool, accelerator: Accelerator
+        self, data_dir: DataDir, download: bool, accelerator: "Accelerator"
     ) -> tuple[SceneTrainLoader, SceneEvalLoader | None]:
         """Make the loaders of training and of held-out images, if any."""
         recipe = self.recipe
         names = ("train", "val") if recipe.hold_out else ("train",)
         splits = load_scenes(recipe.dataset, names, data_dir, hold_out=recipe.hold_out, download=download)
         self._train = splits[0]
-        shared: dict[str, Any] = {
-            "mean": self.info.mean,
-            "std": self.info.std,
-            "device": accelerator.device,
-            "channels_last": recipe.channels_last,
-            "rank": accelerator.process_index,
-            "world": accelerator.num_processes,
-        }
+        shared = self._of_loaders(accelerator)
         augment = SceneAugment(
             recipe.seed, recipe.crop_size, recipe.image_size, recipe.scale, recipe.flip, recipe.color_jitter
         )
@@ -142,7 +148,7 @@ def make_task(recipe: Recipe) -> Classification | Segmentation:
     """Make the task of a recipe's data set.
 
     Args:
-        recipe: The run.
+        recipe: the run.
 
     Returns:
         The task.
@@ -154,10 +160,10 @@ class SegmentationLoss(nn.Module):
     """Cross entropy, Dice loss, or their sum.
 
     Args:
-        kind: ``ce``, ``dice`` or ``ce+dice``.
-        void: Label of pixels that do not count.
+        kind: `ce`, `dice` or `ce+dice`.
+        void: label of pixels that do not count.
         weights: (C,) weights of the classes in the cross entropy.
-        label_smoothing: Of the cross entropy, 0 to 1.
+        label_smoothing: of the cross entropy, 0 to 1.
 
     Shape:
         Logits (B, C, H, W) and labels (B, H, W) int64 to a scalar.
@@ -194,8 +200,8 @@ def balanced_weights(scenes: Scenes, classes: int) -> torch.Tensor:
     A class's frequency is its share of the pixels of the images that it occurs in.
 
     Args:
-        scenes: Training images; all labels are read once.
-        classes: Number of classes.
+        scenes: training images; all labels are read once.
+        classes: number of classes.
 
     Returns:
         (classes,) float32, 0 for a class that never occurs.

@@ -130,4 +130,6 @@ def check_onnx(name: str) -> None:
     consumed = {name for node in graph.node for name in node.input}
     assert not [n for node in graph.node if node.op_type == "MaxPool" for n in node.output[1:] if n in consumed]
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    np.testing.assert_allclose(got, model(x).detach().numpy(), rtol=1e-3, atol=1e-4)
+    # Between near-equal values the maximum may flip in float32, eager mode's with AVX2 for one; float64 tells.
+    eager = [model(x), model.double()(x.double())]
+    assert any(np.allclose(got, each.detach().numpy(), rtol=1e-3, atol=1e-4) for each in eager)

@@ -131,19 +131,9 @@ def _launch(kernel: Any, full: Tensor, window: list[int], *others: Tensor | None
 
 @triton.jit
 def _windows(
-    outer,
-    rows,
-    columns,
-    H,
-    W,
-    step,
-    EH: tl.constexpr,
-    EW: tl.constexpr,
-    LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    OUTER: tl.constexpr,
-    RUN: tl.constexpr,
-):
+    outer, rows, columns, H, W, step,
+    EH: tl.constexpr, EW: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, OUTER: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
     """Number of each window in memory, whether there is one, its first row and column, and that cell's place."""
     o = tl.program_id(0)
     if WIDE:
@@ -178,23 +168,9 @@ def _choose(full, first, live, y, x, H, W, step, EH: tl.constexpr, EW: tl.conste
 
 @triton.jit
 def _fill(
-    u,
-    base,
-    first,
-    live,
-    y,
-    x,
-    H,
-    W,
-    step,
-    value,
-    chosen,
-    pitch,
-    EH: tl.constexpr,
-    EW: tl.constexpr,
-    EVEN: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    u, base, first, live, y, x, H, W, step, value, chosen, pitch,
+    EH: tl.constexpr, EW: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Write windows: the value at the cell whose row times `pitch` plus column is the chosen number, else zero."""
     first, live, y, x = first[:, :, None], live[:, :, None], y[:, :, None], x[:, :, None]
     value, chosen = value[:, :, None], chosen[:, :, None]
@@ -214,25 +190,10 @@ def _fill(
 
 @triton.jit
 def _pool_kernel(
-    full,
-    values,
-    offsets,
-    u,
-    outer,
-    rows,
-    columns,
-    lack_h,
-    lack_w,
-    step,
-    EH: tl.constexpr,
-    EW: tl.constexpr,
-    LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    EVEN: tl.constexpr,
-    OUTER: tl.constexpr,
-    RUN: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    full, values, offsets, u, outer, rows, columns, lack_h, lack_w, step,
+    EH: tl.constexpr, EW: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
+    EVEN: tl.constexpr, OUTER: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     H, W = rows * EH - lack_h, columns * EW - lack_w  # so that the compiler sees which rows are aligned
     i, live, y, x, first = _windows(outer, rows, columns, H, W, step, EH, EW, LAST, WIDE, OUTER, RUN)
     best, cell = _choose(full, first, live, y, x, H, W, step, EH, EW, EVEN)
@@ -245,25 +206,10 @@ def _pool_kernel(
 
 @triton.jit
 def _scatter_kernel(
-    u,
-    values,
-    offsets,
-    base,
-    outer,
-    rows,
-    columns,
-    lack_h,
-    lack_w,
-    step,
-    EH: tl.constexpr,
-    EW: tl.constexpr,
-    LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    EVEN: tl.constexpr,
-    OUTER: tl.constexpr,
-    RUN: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    u, values, offsets, base, outer, rows, columns, lack_h, lack_w, step,
+    EH: tl.constexpr, EW: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
+    EVEN: tl.constexpr, OUTER: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     H, W = rows * EH - lack_h, columns * EW - lack_w  # so that the compiler sees which rows are aligned
     i, live, y, x, first = _windows(outer, rows, columns, H, W, step, EH, EW, LAST, WIDE, OUTER, RUN)
     value = tl.load(values + i, mask=live, other=0)
@@ -273,24 +219,10 @@ def _scatter_kernel(
 
 @triton.jit
 def _gather_kernel(
-    full,
-    values,
-    offsets,
-    outer,
-    rows,
-    columns,
-    lack_h,
-    lack_w,
-    step,
-    EH: tl.constexpr,
-    EW: tl.constexpr,
-    LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    EVEN: tl.constexpr,
-    OUTER: tl.constexpr,
-    RUN: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    full, values, offsets, outer, rows, columns, lack_h, lack_w, step,
+    EH: tl.constexpr, EW: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr,
+    EVEN: tl.constexpr, OUTER: tl.constexpr, RUN: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     H, W = rows * EH - lack_h, columns * EW - lack_w  # so that the compiler sees which rows are aligned
     i, live, _, _, first = _windows(outer, rows, columns, H, W, step, EH, EW, LAST, WIDE, OUTER, RUN)
     offset = tl.load(offsets + i, mask=live, other=0).to(tl.int32)
