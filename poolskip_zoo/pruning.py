@@ -228,7 +228,7 @@ def _removable(
     chosen = sorted(channels)
     while chosen:
         group = graph.get_pruning_group(root, prune_out, chosen)
-        writers = {
+        writers: dict[nn.Module, set[int]] = {
             item.dep.target.module: set(item.idxs)
             for item in group
             if isinstance(item.dep.target.module, _ConvNd) and graph.is_out_channel_pruning_fn(item.dep.handler)
@@ -236,7 +236,7 @@ def _removable(
         # At least one channel stays; a convolution that two ways lead to (GhostNet) may lose others, too.
         if graph.check_pruning_group(group) and all(idle.get(each, set()) >= own for each, own in writers.items()):
             # Depthwise ones alone write to what is the model's input.
-            return (group, writers) if any(each.groups == 1 for each in writers) else (None, {})
+            return (group, writers) if any(getattr(each, "groups", 1) == 1 for each in writers) else (None, {})
         chosen.pop()
     return None, {}
 

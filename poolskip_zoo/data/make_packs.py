@@ -1,6 +1,6 @@
 """Packs of data sets as their public homes have them, in folders."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ def make_packs(name: str, source: Path, data_dir: Path) -> list[Path]:
 
 
 def _write(
-    path: Path, parts: dict[str, tuple[Sequence[Path], Sequence[int]]], classes: list[str], names: Sequence[str] = ()
+    path: Path, parts: Mapping[str, tuple[Sequence[Path], Sequence[int]]], classes: list[str], names: Sequence[str] = ()
 ) -> Path:
     """Write the files of each part end to end, as `read_pack` describes it."""
     arrays = {"classes": np.array(classes), **({"names": np.array(names)} if names else {})}

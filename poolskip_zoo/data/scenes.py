@@ -118,7 +118,7 @@ class _Lazy(Sequence):
         table, at = self.labels, self.chosen[place]
         if table is None:
             return self.items[at]
-        return _read(f"{self.items.images[at]} or its labels", lambda: _tensors(*self.items[at], table))
+        return _read(f"{self.items.images[at]} or its labels", lambda: self.items[at], table)
 
 
 def _tensors(image: Any, labels: Any, table: np.ndarray) -> Item:
@@ -135,13 +135,14 @@ def _tensors(image: Any, labels: Any, table: np.ndarray) -> Item:
     return torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels)
 
 
-def _read(what: str, read: Callable[[], Item]) -> Item:
-    """Read an item, with an error that names it."""
+def _read(what: str, read: Callable[[], Any], table: np.ndarray) -> Item:
+    """Read two PIL images and make them an item, with an error that names it."""
     from PIL import Image
 
     of_pil = (OSError, SyntaxError, Image.DecompressionBombError)
     try:
-        return read()
+        image, labels = read()
+        return _tensors(image, labels, table)
     # Of what a zip lacks: KeyError; of values that are no labels: RuntimeError.
     except (*of_pil, KeyError, RuntimeError, BadZipFile, zlib.error) as error:
         raise RuntimeError(f"{what} cannot be read: {error}") from error
@@ -165,9 +166,8 @@ def _read_camvid(folder: Path, split: str, download: bool) -> list[Item]:
 
     def decode(file: Any) -> Item:
         annotation = file.parent.parent / f"{split}annot" / f"{Path(file.name).stem}.png"
-        files = file, annotation
         what = f"{place}: {split}/{file.name} or its labels"
-        return _read(what, lambda: _tensors(*(Image.open(io.BytesIO(each.read_bytes())) for each in files), table))
+        return _read(what, lambda: [Image.open(io.BytesIO(each.read_bytes())) for each in (file, annotation)], table)
 
     try:
         files: Any = (root if root.is_dir() else ZipPath(place, "camvid/")) / split

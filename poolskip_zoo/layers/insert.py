@@ -105,7 +105,7 @@ def add_pool_skip(
         return places
     layers = [_make(model, place, zero_init) for place in places]  # first, so that a failure leaves the model as it was
     for place, layer in zip(places, layers, strict=True):
-        module: Any = model.get_submodule(place.name)
+        module = model.get_submodule(place.name)
         module.pool_skip = layer
         module.register_forward_hook(_apply_pool_skip)
     total = sum(place.parameters for place in places)
