@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .checkpoint import find
 from .resolve import local_weights, require_timm_weights
 
-__all__ = ["VIT_POOLING", "create"]
+__all__ = ["VIT_POOLING", "create", "shown"]
 
 # Modules of timm's ViT that come and go with `global_pool`.
 VIT_POOLING = ("norm", "fc_norm", "attn_pool")
@@ -138,13 +138,21 @@ def _check_keys(state_dict: StateDict, own: StateDict, model: Any, optional: tup
     excess = [key for key in state_dict if key not in own and not key.startswith(free)]
     if missing or excess:
         raise RuntimeError(
-            f"the checkpoint does not fit {_name(model)}: it lacks {_shown(missing)} and has {_shown(excess)} in "
+            f"the checkpoint does not fit {_name(model)}: it lacks {shown(missing)} and has {shown(excess)} in "
             f"excess. Is it of another model, of another pool_skip placement, or of other model arguments? "
             f"pretrained_strict=False loads what fits"
         )
 
 
-def _shown(keys: list[str]) -> str:
+def shown(keys: list[str]) -> str:
+    """Keys for a message.
+
+    Args:
+        keys: names of tensors, or what is said of them.
+
+    Returns:
+        Their number and the first three.
+    """
     return f"{len(keys)} keys ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})" if keys else "nothing"
 
 

@@ -11,6 +11,7 @@ from timm.models import load_state_dict
 from torch import nn
 
 from ..data import DATASETS
+from .build import shown
 from .checkpoint import SegmentationCheckpoint
 from .smp import encoder_names
 
@@ -93,8 +94,14 @@ def load_weights(model: ModelT, path: Path) -> ModelT:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RuntimeError(f"{path} does not fit {type(model).__name__}: {reason}") from error
+        own = model.state_dict()
+        lacking, excess = ([key for key in a if key not in b] for a, b in ((own, state), (state, own)))
+        shapes = {key: [list(each[key].shape) for each in (state, own)] for key in own if key in state}
+        other = [f"{key} is {there}, not {here}" for key, (there, here) in shapes.items() if there != here]
+        raise RuntimeError(
+            f"{path} does not fit {type(model).__name__}: it lacks {shown(lacking)}, has {shown(excess)} in excess and "
+            f"{shown(other)} of another shape"
+        ) from error
     return model
 
 

@@ -46,6 +46,8 @@ def test_list_matches_globs(capsys):
 
 
 def test_list_keeps_warm_starts_apart(capsys):
+    assert main(["list", "resnet20_cifar", "--recipes"]) == 0
+    assert capsys.readouterr().out.split() == ["resnet20_cifar.c10", "resnet20_cifar.c10_e60"]
     assert main(["list", "resnet50_poolskip", "--warm-starts"]) == 0
     assert "resnet50_poolskip.a1_in1k" in capsys.readouterr().out.split()
     assert main(["list", "--pretrained"]) == 0

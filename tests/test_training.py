@@ -436,5 +436,5 @@ def test_validate_refuses_what_does_not_fit(data: Path, finished: Path, tmp_path
     with pytest.raises(RuntimeError, match=r"w\.safetensors is no readable safetensors file"):
         call(validate_verb, "test_resnet", *common, "--checkpoint", copy)
     copy.write_bytes(weights.read_bytes())
-    with pytest.raises(RuntimeError, match=r"w\.safetensors does not fit VisionTransformer: .*Missing key"):
+    with pytest.raises(RuntimeError, match=r"w\.safetensors does not fit VisionTransformer: it lacks \d+ keys"):
         call(validate_verb, "test_vit", *common, "--checkpoint", copy)

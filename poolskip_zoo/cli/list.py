@@ -10,6 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("pattern", nargs="?", default="*", help="glob over model names, for example 'resnet*'")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--pretrained", action="store_true", help="only models with a trained checkpoint, with its tag")
+    group.add_argument("--recipes", action="store_true", help="recipes of `poolskip train`")
     group.add_argument("--warm-starts", action="store_true", help="timm's tags that start a variant, Pool Skip at 0")
 
 
@@ -33,6 +34,10 @@ def run(args: argparse.Namespace) -> int:
     trained = [checkpoint.name for checkpoint in checkpoints()]
     if args.warm_starts:
         names, option = warm_starts(), " --warm-starts"
+    elif args.recipes:
+        from ..training import recipe_names
+
+        names, option = recipe_names(), " --recipes"
     elif args.pretrained:
         names, option = trained, " --pretrained"
     else:
