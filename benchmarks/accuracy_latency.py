@@ -33,9 +33,10 @@ def trained() -> dict[str, list[Point]]:
             continue
         points = found.setdefault(record.dataset_title, [])
         options = {"num_classes": checkpoint_cfg(record).num_classes, **record.model_args}
-        points.append((record.name, record.metrics["top1"], *placed(record, timm.create_model(record.arch, **options))))
+        name = record.name if record.sha256 else f"{record.name}, not kept"
+        points.append((name, record.metrics["top1"], *placed(record, timm.create_model(record.arch, **options))))
         if "top1" in record.base_scores:
-            name = f"{base_name(record.arch)}, not published"
+            name = base_name(record.arch) + (", fewer epochs" if record.base_note else ", not published")
             points.append((name, record.base_scores["top1"], *placed(record, create_base(record.arch, **options))))
     return found
 
@@ -71,15 +72,19 @@ def main() -> None:
         for (name, top1, *_), milliseconds in zip(points, times, strict=True):
             rows.append([title, f"`{name}`", f"{top1:.2f}", f"{milliseconds:.2f}"])
             ours = SUFFIX in name
-            panel.plot(milliseconds, top1, "o", color="tab:blue" if ours else "tab:gray")
+            kind = {"color": "tab:blue", "label": "with Pool Skip"} if ours else {"color": "tab:gray", "label": "base"}
+            panel.plot(milliseconds, top1, "o", **kind)
             offset = (7, -3) if ours else (-3, -13)  # a variant and its base are often equally accurate
             panel.annotate(name, (milliseconds, top1), offset, textcoords="offset points", fontsize="small")
         scores = [top1 for _, top1, *_ in points]
         # At least four percentage points, so that small differences look small.
         middle, half = (max(scores) + min(scores)) / 2, max(max(scores) - min(scores), 3) * 0.7
-        panel.set(title=title, xlabel=f"latency of one image, ms ({where})", ylabel="test accuracy, %")
+        panel.set(title=title, xlabel=f"latency of one image, ms ({where})", ylabel="top-1 accuracy, %")
         panel.set(xlim=(0, 1.9 * max(times)), ylim=(middle - half, middle + half))
         panel.grid(alpha=0.3)
+        handles, labels = panel.get_legend_handles_labels()
+        once = dict(zip(labels, handles, strict=True))
+        panel.legend(once.values(), once.keys())
     figure.tight_layout()
     figure.savefig(args.output, dpi=120)
     print(f"### {where}, float32, channels_last, one image\n")

@@ -20,7 +20,7 @@ from .open_sizes import capture_bounded, unguarded
 from .targets import check_drop_in, check_fixed, check_target
 from .verify_blocks import compare, mask_cases
 
-__all__ = ["Lowered", "check_forms", "lower_for", "write_converted"]
+__all__ = ["Lowered", "check_forms", "lower_for", "of_maps", "unpooled_shapes", "write_converted"]
 
 
 @dataclass(frozen=True)

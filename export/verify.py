@@ -15,6 +15,7 @@ from ..contexts import kept
 
 __all__ = [
     "KEY",
+    "Run",
     "check_outputs",
     "checked_in",
     "described",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import poolskip_zoo
+import poolskip_zoo.export
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,7 +47,8 @@ def test_links_lead_somewhere(page):
 
 
 def test_docstring_examples_run():
-    names = [m.name for m in pkgutil.walk_packages(poolskip_zoo.__path__[:1], "poolskip_zoo.")]
-    results = [doctest.testmod(importlib.import_module(name)) for name in names if not name.endswith("__main__")]
+    packages = (poolskip_zoo, poolskip_zoo.registry, poolskip_zoo.export)  # the latter two lie beside it in a checkout
+    names = {m.name for each in packages for m in pkgutil.walk_packages(each.__path__[:1], f"{each.__name__}.")}
+    results = [doctest.testmod(importlib.import_module(name)) for name in sorted(names) if "__main__" not in name]
     assert sum(result.attempted for result in results) > 10
     assert not any(result.failed for result in results)

@@ -109,7 +109,7 @@ def _check_size(model: Any, example: Any, name: str) -> None:
     """Refuse a size that the model does not take, whatever axes are open."""
     import torch
 
-    from ..export.inputs import first_line
+    from ..export.verify import first_line
 
     try:
         with torch.no_grad():

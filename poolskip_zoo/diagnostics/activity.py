@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..contexts import evaluating
 from .measures import filters_of
 
-__all__ = ["Activity", "Batches", "observe"]
+__all__ = ["Activity", "Batches", "Loss", "observe"]
 
 Batches = Iterable[Tensor | tuple[Tensor, Tensor]]
 Loss = Callable[[Any, Tensor], Tensor]

@@ -22,7 +22,20 @@ from . import kernels
 from .lean import trains_by_autograd, window_maxima_for_training
 from .stock import is_transformed, pool_with_indices, unpool
 
-__all__ = ["max_pool_unpool1d", "max_pool_unpool2d", "max_pool_unpool3d"]
+__all__ = [
+    "check_rank",
+    "first_maximum_mask",
+    "is_traced_or_exported",
+    "max_pool_unpool1d",
+    "max_pool_unpool2d",
+    "max_pool_unpool3d",
+    "pool",
+    "pool_with_mask",
+    "to_window",
+    "upsample",
+    "window_keys",
+    "window_maxima",
+]
 
 
 def max_pool_unpool1d(x: Tensor, pool_size: int | tuple[int]) -> Tensor:
@@ -283,6 +296,19 @@ def largest_exact_key(dtype: torch.dtype) -> int:
 
 
 def pool(x: Tensor, window: list[int], ceil_mode: bool) -> Tensor:
+    """Max pooling of disjoint windows, as an ordinary operator of a graph.
+
+    Args:
+        x: floating-point tensor.
+        window: window size and stride along each of one to three spatial axes.
+        ceil_mode: whether partial windows at the far edges count.
+
+    Shape:
+        (N, C, *spatial) to (N, C, *pooled).
+
+    Returns:
+        The window maxima.
+    """
     if ceil_mode and not torch.jit.is_scripting() and _leaves_sizes_open(x):
         x, ceil_mode = _repeat_edges(x, window), False
     if len(window) == 1:

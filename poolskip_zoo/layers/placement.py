@@ -11,7 +11,17 @@ from torch.nn.parameter import is_lazy
 
 from .pool_skip import PoolSkip
 
-__all__ = ["Groups", "Placement", "PlacementLike", "Rule", "norm_after", "register_placements", "resolve_placement"]
+__all__ = [
+    "Groups",
+    "Placement",
+    "PlacementLike",
+    "PoolSize",
+    "Rule",
+    "norm_after",
+    "refuses",
+    "register_placements",
+    "resolve_placement",
+]
 
 # A number, the convolution's own ("auto"), or one per channel ("depthwise").
 Groups = int | Literal["auto", "depthwise"]

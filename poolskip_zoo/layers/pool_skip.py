@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .functional import to_window, window_maxima
 from .lean import add_conv_of_window_maxima, convolves_plainly, trains_by_autograd
 
-__all__ = ["PoolSkip1d", "PoolSkip2d", "PoolSkip3d"]
+__all__ = ["PoolSkip", "PoolSkip1d", "PoolSkip2d", "PoolSkip3d"]
 
 # torch.fx records one call instead of tracing through size arithmetic.
 torch.fx.wrap("window_maxima")

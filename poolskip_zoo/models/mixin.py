@@ -8,7 +8,7 @@ import torch
 
 from ..layers.insert import add_pool_skip, reset_pool_skip
 
-__all__ = ["PoolSkipModel"]
+__all__ = ["PoolSkipModel", "checked_settings"]
 
 _SETTINGS = ("placement", "pool_size", "groups", "zero_init")
 

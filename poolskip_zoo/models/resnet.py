@@ -8,7 +8,7 @@ from torch import nn
 from ..layers.placement import Rule, register_placements
 from .mixin import PoolSkipModel, checked_settings
 
-__all__ = ["PoolSkipGroupedModel", "PoolSkipResNet", "StemResNet"]
+__all__ = ["TIMM_STEM_STRIDE", "PoolSkipGroupedModel", "PoolSkipResNet", "StemResNet"]
 
 # Window sizes of the reference code (models/resnet_poolskip.py): 2 in basic blocks, 4 in bottlenecks. After all three
 # convolutions of a bottleneck ("all", its form) ResNet-50 grows from 25.6 to 229.3 M parameters; after the reducing

@@ -12,7 +12,20 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-__all__ = ["ARMS", "LayerRow", "Run", "arm_of", "chosen", "decays", "reported", "summary", "to_csv", "verdict", "welch"]
+__all__ = [
+    "ARMS",
+    "COMPARED",
+    "LayerRow",
+    "Run",
+    "arm_of",
+    "chosen",
+    "decays",
+    "reported",
+    "summary",
+    "to_csv",
+    "verdict",
+    "welch",
+]
 
 # Arm, as recipes name it, to its name in the protocol and what it is.
 ARMS = {
