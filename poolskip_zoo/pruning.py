@@ -79,10 +79,14 @@ def prune_inert(
     model = copy.deepcopy(model).eval()
     before = _filters(model)
     shortcuts = _unfold_shortcuts(model, example)
-    stuck, changed = set[str](), True
-    while changed:
-        found = diagnose(model, batches).layers
+    stuck, changed, found = set[str](), True, list[LayerDiagnosis]()
+    while True:
+        if changed:
+            found = diagnose(model, batches).layers
+        tried = len(stuck)
         model, changed = _prune_round(model, found, _probes(example, batches), stuck)
+        if not changed and len(stuck) == tried:
+            break
     _fold_shortcuts(model, shortcuts)
     model.eval()  # the modules that were put in are new
     for name, parameter in model.named_parameters():  # and parameters that lost channels
@@ -107,7 +111,7 @@ def _probes(example: Tensor, batches: Sequence[Any] | None) -> list[Tensor]:
 def _prune_round(
     model: ModelT, found: Sequence[LayerDiagnosis], probes: list[Tensor], stuck: set[str]
 ) -> tuple[ModelT, bool]:
-    """Remove what can go, and tell whether to look again; `stuck` gains the convolution that could not lose any.
+    """Remove what can go, and tell whether anything did; `stuck` gains a convolution whose channels cannot.
 
     torch-pruning takes what it does not know for operations that keep channels apart, so each removal is checked: the
     smaller model must compute what the whole one does with those channels at zero, and on the images that dead filters
@@ -118,22 +122,24 @@ def _prune_round(
     names = {module: name for name, module in model.named_modules()}
     graph, changed, touched = _graph(model, probes[0]), False, set[nn.Module]()
     for root in [module for module in graph.module2node if idle.get(module) and names[module] not in stuck]:
-        whole = model
         try:
             group, writers = _removable(graph, root, idle)
-            if not writers or touched & writers.keys():  # the latter wait for the next round
-                continue
-            whole = copy.deepcopy(model)
-            silent = [writers, {module: channels & inert[module] for module, channels in writers.items()}]
-            cases = list(zip(probes, silent if silent[0] != silent[1] else silent[:1], strict=False))
-            expected = [_run(model, probe, channels, norms) for probe, channels in cases]
+        except Exception:  # whatever torch-pruning raises
+            continue
+        if not writers or touched & writers.keys():  # the latter wait for the next round
+            continue
+        silent = [writers, {module: channels & inert[module] for module, channels in writers.items()}]
+        cases = list(zip(probes, silent if silent[0] != silent[1] else silent[:1], strict=False))
+        expected = [_run(model, probe, channels, norms) for probe, channels in cases]
+        whole = copy.deepcopy(model)  # after a run without gradients: weights under a mask have none then
+        try:
             group.prune()
             same = all(map(_same, (_run(model, probe) for probe, _ in cases), expected))
         except Exception:  # whatever torch-pruning raises, and a model that counts on its sizes
             same = False
         if not same:
             stuck.add(names[root])
-            return whole, True
+            return whole, changed
         changed = True
         touched |= writers.keys()
     return model, changed
@@ -278,10 +284,14 @@ def _outputs(output: Any) -> list[Tensor]:
 
 
 def _same(some: list[Tensor], others: list[Tensor]) -> bool:
-    return len(some) == len(others) and all(
-        a.shape == b.shape and bool((a - b).abs().max() <= max(1e-4, 16 * torch.finfo(b.dtype).eps) * b.abs().max())
-        for a, b in zip(some, others, strict=True)
-    )
+    return len(some) == len(others) and all(map(_close, some, others))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not b.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = max(1e-4, 16 * torch.finfo(b.dtype).eps)
+    return not a.numel() or bool((a - b).abs().max() <= tolerance * b.abs().max())
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from timm import create_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 
 from poolskip_zoo.diagnostics import diagnose
 from poolskip_zoo.pruning import prune_inert
@@ -184,7 +185,12 @@ def test_what_torch_pruning_cannot_do_stays_or_is_refused() -> None:
     assert prune_inert(model, X[:1])[1].left == {"0": 1}
     # A parametrised convolution: torch-pruning stumbles.
     model = Net(nn.Identity()).eval()
-    torch.nn.utils.parametrizations.weight_norm(model.last)
+    parametrizations.weight_norm(model.last)
+    assert prune_inert(model, X[:1], [X])[1].left == {"conv": 2}
+    model = Net(nn.Identity()).eval()
+    prune.random_unstructured(model.last, "weight", 0.2)
+    with torch.no_grad():
+        model(X)  # torch copies a masked weight only of a run without gradients
     assert prune_inert(model, X[:1], [X])[1].left == {"conv": 2}
 
     @dataclass
