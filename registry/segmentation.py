@@ -86,7 +86,7 @@ def load_weights(model: ModelT, path: Path) -> ModelT:
     own = path.suffix == ".safetensors"
     try:
         # Of timm's scripts tensors and plain values alone: a pickle of anything else is refused.
-        state = load_file(path) if own else load_state_dict(str(path), weights_only=True)
+        state: Any = load_file(path) if own else load_state_dict(str(path), weights_only=True)
     except Exception as error:  # a broken pickle can raise anything
         reason = next(iter(str(error).splitlines()), "")
         wanted = "readable safetensors file" if own else "checkpoint that can be read"
