@@ -86,7 +86,7 @@ def load_weights(model: ModelT, path: Path) -> ModelT:
     own = path.suffix == ".safetensors"
     try:
         # Of timm's scripts tensors and plain values alone: a pickle of anything else is refused.
-        state: Any = load_file(path) if own else load_state_dict(str(path), weights_only=True)
+        state = load_file(path) if own else load_state_dict(str(path), weights_only=True)
     except Exception as error:  # a broken pickle can raise anything
         reason = next(iter(str(error).splitlines()), "")
         wanted = "readable safetensors file" if own else "checkpoint that can be read"
@@ -94,9 +94,9 @@ def load_weights(model: ModelT, path: Path) -> ModelT:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        own = model.state_dict()
-        lacking, excess = ([key for key in a if key not in b] for a, b in ((own, state), (state, own)))
-        shapes = {key: [list(each[key].shape) for each in (state, own)] for key in own if key in state}
+        fits = model.state_dict()
+        lacking, excess = ([key for key in a if key not in b] for a, b in ((fits, state), (state, fits)))
+        shapes = {key: [list(each[key].shape) for each in (state, fits)] for key in fits if key in state}
         other = [f"{key} is {there}, not {here}" for key, (there, here) in shapes.items() if there != here]
         raise RuntimeError(
             f"{path} does not fit {type(model).__name__}: it lacks {shown(lacking)}, has {shown(excess)} in excess and "
