@@ -1,5 +1,6 @@
 """The graph pass: max-unpooling without index tensors, for any model that torch.export captures."""
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -120,6 +121,10 @@ def capture(model: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = "auto
         if dynamic_shapes != "auto":
             raise ValueError(f"dynamic_shapes={dynamic_shapes!r}: expected 'auto', None or what torch.export takes")
         dynamic_shapes = tuple(_open_sizes(value) for value in args)
+    kinds = [each.kind for each in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds and isinstance(dynamic_shapes, tuple):
+        first = kinds.index(inspect.Parameter.VAR_POSITIONAL)  # torch.export takes what *args holds as one argument
+        dynamic_shapes = (*dynamic_shapes[:first], dynamic_shapes[first:])
     mode = torch.get_deterministic_debug_mode()
     # torch's unpooling refuses deterministic mode even where it is only recorded.
     torch.set_deterministic_debug_mode("default")

@@ -3,7 +3,6 @@
 import io
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,11 @@ def to_exported_program(
     check_drop_in(model, "onnxruntime", lowering)
     *others, last = _CAPTURES if dynamic else _CAPTURES[-1:]
     for options in others:
-        with suppress(RuntimeError, ValueError):
+        try:
             return _write(model, args, path, dynamic, lowering, metadata or {}, options)
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error.__cause__, OSError):  # a full disk is full the next time, too
+                raise
     return _write(model, args, path, dynamic, lowering, metadata or {}, last)
 
 

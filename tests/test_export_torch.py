@@ -1,5 +1,6 @@
 """TorchScript and torch.export files: several sizes, and loading without this package."""
 
+import errno
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import pytest
 import timm
 import torch
 from contract.common import enliven
-from export_nets import SegNet
+from export_nets import PairNet, SegNet
 from torch.export import Dim, _unlift
 
 from poolskip_zoo import MaxPool2d, MaxUnpool2d
@@ -294,3 +295,35 @@ def test_options_are_checked(tmp_path):
     with pytest.raises(ValueError, match="dynamic='depth'"):
         to_exported_program(model, x, tmp_path / "net.pt2", dynamic=("depth",))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_ends_a_program_at_once(tmp_path, monkeypatch):
+    tries = []
+
+    def full(*args, **kwargs):
+        tries.append(args)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch.export, "save", full)
+    with pytest.raises(RuntimeError, match="no space left on the disk to write"):
+        to_exported_program(PairNet(2).eval(), torch.randn(2, 4, 9, 9), tmp_path / "net.pt2")
+    assert len(tries) == 1
+    assert not list(tmp_path.iterdir())
+
+
+class Unnamed(torch.nn.Module):
+    """A pair with arguments that have no names of their own."""
+
+    def forward(self, x, *more):
+        y, indices = torch.nn.functional.max_pool2d(x, 2, return_indices=True)
+        return torch.nn.functional.max_unpool2d(y, indices, 2, output_size=x.shape[2:]) + sum(more)
+
+
+@pytest.mark.parametrize("write", [to_exported_program, to_torchscript])
+@pytest.mark.parametrize("dynamic", [(), OPEN])
+def test_arguments_without_names(tmp_path, write, dynamic):
+    path = tmp_path / ("net.pt2" if write is to_exported_program else "net.pt")
+    args = tuple(torch.randn(2, 4, 16, 12) for _ in range(3))
+    report = write(Unnamed().eval(), args, path, dynamic=dynamic)
+    assert report["outputs"]["max_relative_error"] < 1e-6
+    assert {block["lowering"] for block in report["blocks"]} == {"keys"}

@@ -189,7 +189,7 @@ class _Run:
         )
         emulated = self.accelerator.device.type == "cpu" and self.recipe.precision == "bf16" and not has_bf16_units()
         if emulated:
-            self.bar.write("this CPU emulates bfloat16, several times slower than float32: --set precision=fp32")
+            self.bar.write("this CPU emulates bfloat16, which may be several times slower: --set precision=fp32")
         if begun:
             self.bar.write(begun)
         if done:
