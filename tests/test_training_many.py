@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from test_training import PLAIN, call, data, recipe  # noqa: F401  data is a fix
 
 from poolskip_zoo.cli import train_many as verb
 from poolskip_zoo.training import join_weights, load_list, many, train_many
-from poolskip_zoo.training.many import SUMMARY, split_weights
+from poolskip_zoo.training.many import SUMMARY, split_weights, train_list
 
 
 def rows(output: Path) -> list[dict[str, str]]:
@@ -173,3 +174,18 @@ def test_the_command_tests_once_and_leaves_parts(
     parts[0].unlink()
     with pytest.raises(FileNotFoundError, match=f"lacks {parts[0].name}"):
         join_weights(folder)
+
+
+def test_a_point_that_diverges_is_the_worst_of_its_grid(data: Path, tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+    entry = {"recipe": str(tiny), "set": {"epochs": 1, "hold_out": 20}, "seeds": [0, 1]}
+    entry["grid"] = [{"lr": 1e30}, {"lr": 0.01}]
+    (tmp_path / "list.yaml").write_text(json.dumps([entry]))
+    outcomes = train_list(tmp_path / "list.yaml", data, tmp_path / "runs", cpu=True)
+    assert [(each.recipe.lr, each.recipe.seed, each.state) for each in outcomes] == [
+        *((1e30, 0, "failed"), (0.01, 0, "finished"), (0.01, 1, "finished"))
+    ]
+    told = tmp_path / "runs" / f"{outcomes[0].recipe.name}-s0" / "diverged.txt"
+    assert told.read_text().strip() == outcomes[0].error
+    (tmp_path / "list.yaml").write_text(json.dumps([{**entry, "grid": [{"lr": 1e30}, {"lr": 1e31}]}]))
+    outcomes = train_list(tmp_path / "list.yaml", data, tmp_path / "runs", cpu=True)
+    assert [each.state for each in outcomes] == ["failed"] * 2

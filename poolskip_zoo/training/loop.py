@@ -24,6 +24,8 @@ from .recipe import Recipe, make_recipe
 from .signals import hold_signals
 from .start import init_file, init_seconds, init_weights
 from .state import (
+    DIVERGED,
+    DivergedError,
     finished_metrics,
     load_checkpoint,
     open_folder,
@@ -102,6 +104,10 @@ def train(
             with hold_signals() as terminated:
                 ended = run.fit(checkpoint_steps, limit_steps, lambda: time.monotonic() > deadline or terminated())
             return run.finish() if ended else None
+        except DivergedError as error:
+            if run.main:
+                write_atomic(folder / DIVERGED, f"{error}\n".encode())
+            raise
         finally:
             run.close()
     finally:
@@ -278,7 +284,7 @@ class _Run:
         for offset, value in enumerate(values):
             if not math.isfinite(value):
                 where = f"epoch {self.epoch + 1}, step {start + offset + 1} of {self.loader.steps}"
-                raise RuntimeError(f"{self.recipe.name}: the loss is {value} at {where}; {_STEADIER}")
+                raise DivergedError(f"{self.recipe.name}: the loss is {value} at {where}; {_STEADIER}")
         if self.bar is not None:
             self.bar.set_postfix(epoch=self.epoch + 1, loss=f"{values[-1]:.3f}", refresh=False)
 
@@ -386,7 +392,7 @@ class _Run:
         if not self._is_finite(model, scores):
             if self.main:
                 path.unlink()
-            raise RuntimeError(f"{recipe.name}: the trained model's loss is not finite; {_STEADIER}")
+            raise DivergedError(f"{recipe.name}: the trained model's loss is not finite; {_STEADIER}")
         speeds = sorted(row["images_per_second"] for row in self.history)
         metrics = {
             "name": recipe.name,

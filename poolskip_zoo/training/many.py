@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import tempfile
@@ -20,7 +21,7 @@ from ..registry.checkpoint import WEIGHTS
 from .loop import train
 from .metrics import write_json
 from .recipe import RECIPE_DIR, Recipe, load_recipe, read_file
-from .state import finished_metrics, run_folder
+from .state import DIVERGED, finished_metrics, run_folder
 
 SUMMARY = "results.csv"
 COLUMNS = ("name", "seed", "state", "parameters", "epochs", "hours", "hardware")  # then the scores, as val_ and test_
@@ -120,14 +121,17 @@ def _expand(path: Path, entry: Any, output: Path) -> Iterator[Recipe]:
 
 
 def _best(recipes: list[Recipe], output: Path) -> Recipe | None:
-    """Return the run of best held-out accuracy, the earlier of equal ones, or None if not all are finished."""
+    """Return the run of best held-out accuracy, the earlier of equal ones, or None if not all are finished.
+
+    One that has diverged is the worst; if all have, there is none.
+    """
     scores = []
     for recipe in recipes:
         metrics = finished_metrics(run_folder(output, recipe), recipe)
-        if metrics is None:
+        if metrics is None and not (run_folder(output, recipe) / DIVERGED).exists():
             return None
-        scores.append(held_out_accuracy(metrics))
-    return recipes[scores.index(max(scores))]
+        scores.append(held_out_accuracy(metrics) if metrics else -math.inf)
+    return recipes[scores.index(max(scores))] if max(scores) > -math.inf else None
 
 
 def held_out_accuracy(metrics: dict[str, Any]) -> float:

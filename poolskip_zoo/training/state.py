@@ -25,14 +25,20 @@ from ..registry.checkpoint import WEIGHTS
 from .recipe import Recipe, make_recipe, read_yaml
 
 CHECKPOINT = "last.pt"
+DIVERGED = "diverged.txt"  # says why, of a run whose loss was no longer finite
 # All that is written into a run's folder
 FILES = (
     *("recipe.yaml", CHECKPOINT, "metrics.jsonl", WEIGHTS, "config.json", "metrics.json", "curves.png"),
+    DIVERGED,
     "tensorboard",
     *("scores.json", "parts"),  # of train-many
     "diagnosis.json",  # of study
 )
 _STEP_STREAM = 98  # of random_bits: generators within a step
+
+
+class DivergedError(RuntimeError):
+    """The loss of a run is no longer finite."""
 
 
 def run_folder(output: str | os.PathLike[str], recipe: Recipe) -> Path:
@@ -102,7 +108,7 @@ def open_folder(folder: Path, resume: bool) -> int | None:
     with explain_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
-    for path in (*folder.glob(".tmp*"), *(folder / name for name in FILES if not resume)):
+    for path in (*folder.glob(".tmp*"), folder / DIVERGED, *(folder / name for name in FILES if not resume)):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return lock
 
