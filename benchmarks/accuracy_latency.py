@@ -36,7 +36,7 @@ def trained() -> dict[str, list[Point]]:
         name = record.name if record.sha256 else f"{record.name}, not kept"
         points.append((name, record.metrics["top1"], *placed(record, timm.create_model(record.arch, **options))))
         if "top1" in record.base_scores:
-            name = base_name(record.arch) + (", fewer epochs" if record.base_note else ", not published")
+            name = base_name(record.arch) + (", trained otherwise" if record.base_note else ", not published")
             points.append((name, record.base_scores["top1"], *placed(record, create_base(record.arch, **options))))
     return found
 

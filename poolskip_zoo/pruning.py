@@ -79,12 +79,12 @@ def prune_inert(
     model = copy.deepcopy(model).eval()
     before = _filters(model)
     shortcuts = _unfold_shortcuts(model, example)
-    stuck, changed, found = set[str](), True, list[LayerDiagnosis]()
+    probes, stuck, changed, found = _probes(example, batches), set[str](), True, list[LayerDiagnosis]()
     while True:
         if changed:
             found = diagnose(model, batches).layers
         tried = len(stuck)
-        model, changed = _prune_round(model, found, _probes(example, batches), stuck)
+        model, changed = _prune_round(model, found, probes, stuck)
         if not changed and len(stuck) == tried:
             break
     _fold_shortcuts(model, shortcuts)

@@ -115,17 +115,15 @@ def _draw(path, images, ranked, before, window, layer):
             axes[row, i].imshow(values[i, channel], cmap="RdBu_r", vmin=-scale, vmax=scale, interpolation="nearest")
         for place, (name, value) in enumerate(ranked[i][:3]):
             axes[3, i].barh(-place, value, color="#99c1e8")
-            axes[3, i].text(
-                0.03, -place, f"{name} {value:.0%}" if value >= 0.005 else f"{name} <1%", va="center", fontsize=8
-            )
+            score = f"{value:.0%}" if value >= 0.005 else "<1%"
+            axes[3, i].text(0.03, -place, f"{name} {score}", va="center", fontsize=8)
         axes[3, i].set_xlim(0, 1)
         for row in range(4):
             axes[row, i].set_xticks([])
             axes[row, i].set_yticks([])
     e = "×".join(map(str, window))
-    for row, text in enumerate(
-        ("image", f"channel {channel} at\n{layer}\n(red > 0 > blue)", f"kept by {e} pooling", "class scores")
-    ):
+    pooled = f"channel {channel} at\n{layer}\n(red > 0 > blue)"
+    for row, text in enumerate(("image", pooled, f"kept by {e} pooling", "class scores")):
         axes[row, 0].set_ylabel(text, fontsize=9)
     save_figure(figure, path)
 

@@ -72,13 +72,13 @@ def run(args: argparse.Namespace) -> int:
 def _progress(recipes: list[Any], folder: Path) -> tuple[dict[str, str], list[Any]]:
     """How far each net is that is not finished, and the recipes of finished runs."""
     from ..study.results import arm_of
-    from ..training.state import DIVERGED, finished_metrics, run_folder
+    from ..training.state import finished_metrics, run_folder
 
     finished = [recipe for recipe in recipes if finished_metrics(run_folder(folder, recipe), recipe) is not None]
     unfinished = {}
     for net in dict.fromkeys(arm_of(recipe.name)[0] for recipe in recipes):
         of_net = [recipe for recipe in recipes if arm_of(recipe.name)[0] == net]
-        done = sum(recipe in finished or (run_folder(folder, recipe) / DIVERGED).exists() for recipe in of_net)
+        done = sum(recipe in finished for recipe in of_net)
         if done < len(of_net):
             unfinished[net] = f"{done} runs finished of {len(of_net)} or more"
     return unfinished, finished

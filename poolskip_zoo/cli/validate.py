@@ -50,9 +50,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(scores))
     else:
-        print(
-            f"{args.name} on {DATASETS[scores['dataset']].title}, {scores['images']:,} test images: {describe(scores)}"
-        )
+        info = DATASETS[scores["dataset"]]
+        print(f"{args.name} on {info.title}, {scores['images']:,} {info.tested_on} images: {describe(scores)}")
     return 0
 
 

@@ -67,6 +67,7 @@ class DatasetInfo:
         std: channel standard deviations that training normalises by, 0 to 1.
         licence: terms of the data.
         labels: class names, by label; None for CIFAR-100.
+        tested_on: its publisher's name of our `test` images: `validation` where test labels are not public.
     """
 
     title: str
@@ -76,6 +77,7 @@ class DatasetInfo:
     std: tuple[float, float, float]
     licence: str
     labels: tuple[str, ...] | None = None
+    tested_on: str = "test"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +157,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "cifar10_jpeg": DatasetInfo("CIFAR-10 (JPEG copy)", 10, 32, *_CIFAR10, _CIFAR_TERMS, _TEN),
     "tiny_imagenet_jpeg": DatasetInfo(
         *("Tiny ImageNet", 200, 64, *_IMAGENET, "ImageNet terms; research use", tuple(_TINY_IMAGENET.split("; "))),
+        tested_on="validation",
     ),
     "camvid": SegmentationInfo(
         *("CamVid (SegNet's split)", 11, 360, *_IMAGENET, "research use", tuple(_CAMVID)),
@@ -163,11 +166,13 @@ DATASETS: dict[str, DatasetInfo] = {
     ),
     "cityscapes": SegmentationInfo(
         *("Cityscapes", 19, 1024, *_IMAGENET, "Cityscapes terms; non-commercial use", tuple(_CITYSCAPES)),
+        tested_on="validation",
         void=255,
         palette=tuple(_CITYSCAPES.values()),
     ),
     "voc2012": SegmentationInfo(
         *("Pascal VOC 2012", 21, 0, *_IMAGENET, "flickr terms; research use", _VOC),
+        tested_on="validation",
         void=255,
         palette=tuple(map(_voc_colour, range(21))),
     ),

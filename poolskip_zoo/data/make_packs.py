@@ -77,15 +77,16 @@ def _pack_cifar10(source: Path, data_dir: Path) -> list[Path]:
 def _pack_tiny_imagenet(source: Path, data_dir: Path) -> list[Path]:
     try:
         classes = (source / "wnids.txt").read_text(encoding="utf-8").split()
-        words = dict(line.split("\t") for line in (source / "words.txt").read_text(encoding="utf-8").splitlines())
+        words = dict(line.split("\t", 1) for line in (source / "words.txt").read_text(encoding="utf-8").splitlines())
         told = (source / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise FileNotFoundError(f"{error.filename} is missing: expected {SOURCES['tiny_imagenet_jpeg']}") from error
-    names = [words[each] for each in classes]
+    names = [words.get(each, each) for each in classes]
     files, labels = _by_class(source / "train", classes, "images")
     made = []
-    for place, part in enumerate("abc"):  # of each class every third image: each file is a balanced third
-        chosen = [i for label in range(len(classes)) for i in np.flatnonzero(np.array(labels) == label)[place::3]]
+    within = np.concatenate([np.arange(count) for count in np.bincount(labels)])  # number of an image in its class
+    for place, part in enumerate("abc"):  # every third image of each class: each file is a balanced third
+        chosen = np.flatnonzero(within % 3 == place)
         third = [files[i] for i in chosen], [labels[i] for i in chosen]
         made.append(_write(data_dir / f"tiny_imagenet_train_{part}.npz", {"train": third}, classes, names))
     held = [line.split("\t")[:2] for line in told]

@@ -79,7 +79,7 @@ def card_text(record: Checkpoint) -> str:
         name=record.name,
         what=_what(record),
         use=_use(record) if record.sha256 else _not_kept(record, model),
-        split=_split(record),
+        split=data.tested_on,
         measured=record.name
         if record.sha256
         else f"{record.recipe} --checkpoint runs/{record.recipe}-s{record.seed}/{WEIGHTS}",
@@ -179,7 +179,7 @@ def _front_matter(record: Checkpoint) -> dict[str, Any]:
             task_name=title,
             dataset_type=_HUB_DATASETS[record.dataset],
             dataset_name=data.title,
-            dataset_split=_split(record),
+            dataset_split=data.tested_on,
             metric_type=_METRICS[key][0],
             metric_name=_METRICS[key][1],
             metric_value=value,
@@ -199,11 +199,6 @@ def _front_matter(record: Checkpoint) -> dict[str, Any]:
     order = ("license", "library_name", "pipeline_tag", "tags", "datasets", "model-index")
     entries = card.to_dict()
     return {key: entries[key] for key in order}
-
-
-def _split(record: Checkpoint) -> str:
-    """The images that scores are of: of Tiny ImageNet, whose test labels are not public, those for validation."""
-    return "validation" if record.dataset == "tiny_imagenet_jpeg" else "test"
 
 
 def _on_meta(record: Checkpoint) -> nn.Module:
@@ -350,7 +345,10 @@ def _pair(record: Checkpoint) -> str:
         text = "The base model is to be trained by the same recipe, and was not yet."
     if init := _init(record):
         first, here = [init], "with the same seed and `--output`"
-        while (path := _recipe_file(first[0])).is_file() and (earlier := yaml.safe_load(path.read_text()).get("init")):
+        while (path := _recipe_file(first[0])).is_file():
+            earlier = yaml.safe_load(path.read_text(encoding="utf-8")).get("init")
+            if not earlier:
+                break
             first.insert(0, earlier)
         steps = ", then ".join(f"`poolskip train {each}`" for each in first)
         begun = f"{steps} come first, {here}, and count" if _recipe_file(init).is_file() else "its training counts"

@@ -25,7 +25,6 @@ from .signals import hold_signals
 from .start import init_file, init_seconds, init_weights
 from .state import (
     DIVERGED,
-    DivergedError,
     finished_metrics,
     load_checkpoint,
     open_folder,
@@ -41,6 +40,10 @@ if TYPE_CHECKING:
 
 GPU_CHECK_EVERY = 50  # steps between looks at the loss: each look waits for the GPU
 _STEADIER = "a lower lr or clip_grad may help"
+
+
+class _DivergedError(RuntimeError):
+    """The loss is no longer finite."""
 
 
 def train(
@@ -104,7 +107,7 @@ def train(
             with hold_signals() as terminated:
                 ended = run.fit(checkpoint_steps, limit_steps, lambda: time.monotonic() > deadline or terminated())
             return run.finish() if ended else None
-        except DivergedError as error:
+        except _DivergedError as error:
             if run.main:
                 write_atomic(folder / DIVERGED, f"{error}\n".encode())
             raise
@@ -284,7 +287,7 @@ class _Run:
         for offset, value in enumerate(values):
             if not math.isfinite(value):
                 where = f"epoch {self.epoch + 1}, step {start + offset + 1} of {self.loader.steps}"
-                raise DivergedError(f"{self.recipe.name}: the loss is {value} at {where}; {_STEADIER}")
+                raise _DivergedError(f"{self.recipe.name}: the loss is {value} at {where}; {_STEADIER}")
         if self.bar is not None:
             self.bar.set_postfix(epoch=self.epoch + 1, loss=f"{values[-1]:.3f}", refresh=False)
 
@@ -392,7 +395,7 @@ class _Run:
         if not self._is_finite(model, scores):
             if self.main:
                 path.unlink()
-            raise DivergedError(f"{recipe.name}: the trained model's loss is not finite; {_STEADIER}")
+            raise _DivergedError(f"{recipe.name}: the trained model's loss is not finite; {_STEADIER}")
         speeds = sorted(row["images_per_second"] for row in self.history)
         metrics = {
             "name": recipe.name,

@@ -37,10 +37,6 @@ FILES = (
 _STEP_STREAM = 98  # of random_bits: generators within a step
 
 
-class DivergedError(RuntimeError):
-    """The loss of a run is no longer finite."""
-
-
 def run_folder(output: str | os.PathLike[str], recipe: Recipe) -> Path:
     """Name the folder of a run.
 
