@@ -1,6 +1,5 @@
 """What the formats share that have a converter of their own: the lowered module, the checks, and the files."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.fx import Graph, GraphModule
 from ..contexts import kept
 from . import forms, verify
 from .inputs import bounded, check_arguments
-from .lower import as_args, blocks_of, lower_unpooling
+from .lower import as_args, blocks_of, lower_unpooling, returning_maps
 from .lower_pair import unpoolings
 from .open_sizes import capture_bounded, unguarded
 from .targets import check_drop_in, check_fixed, check_target
@@ -262,29 +261,16 @@ def _unpooled(x: Tensor, window: list[int], ceil_mode: bool, own: bool) -> Tenso
 
 def _flips(lowered: Lowered, make: Make, path: Path) -> dict[str, float]:
     """What `verify.flipped_windows` finds beside eager mode, of a file that returns the pooled maps."""
-    module = copy.deepcopy(lowered.module)
-    nodes = [node for node in module.graph.nodes if node.target in (forms.keys, forms.arith)]
-    blocks = [block for block in lowered.blocks if block["lowering"] != "scatter"]
-    # A map that is an input of the model is the same in both.
-    pairs = [
-        (node.args[1], block) for node, block in zip(nodes, blocks, strict=True) if node.args[1].op != "placeholder"
-    ]
-    if not pairs:
+    module, places = returning_maps(lowered.module, (forms.keys, forms.arith), lowered.blocks)
+    if not places:
         return verify.flipped_windows([])
-    for node in module.graph.nodes:
-        if node.op == "output":
-            node.args = (tuple(node for node, _ in pairs),)
-    module.graph.eliminate_dead_code()
-    # A captured module rebuilds its outputs by the original's structure.
-    module.graph.set_codegen(torch.fx.graph.CodeGen())
-    module.recompile()
     run = make(replace(lowered, module=module), path)
 
     def maps(args: tuple[Any, ...]) -> Iterator[Any]:
         with torch.no_grad():
             ours = module(*args)
         theirs = map(torch.from_numpy, run([each.numpy() for each in args]))
-        for one, other, (_, block) in zip(ours, theirs, pairs, strict=True):
-            yield one, other, block["window"], block["ceil_mode"]
+        for one, other, place in zip(ours, theirs, places, strict=True):
+            yield one, other, lowered.blocks[place]["window"], lowered.blocks[place]["ceil_mode"]
 
     return verify.flipped_windows(map(maps, lowered.inputs))

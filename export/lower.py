@@ -1,21 +1,23 @@
 """The graph pass: max-unpooling without index tensors, for any model that torch.export captures."""
 
+import copy
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
+from torch.fx.graph import CodeGen
 
 from ..layers import functional
 from . import forms
 from .lower_pair import POOLS, UNPOOLS, Block, Pair, drop_unused_indices, from_pool, root, source, unpoolings
 from .targets import check_drop_in, check_mode, check_target
 
-__all__ = ["as_args", "blocks_of", "capture", "lower_program", "lower_unpooling"]
+__all__ = ["as_args", "blocks_of", "capture", "lower_program", "lower_unpooling", "returning_maps"]
 
 _logger = logging.getLogger(__name__)
 
@@ -215,6 +217,33 @@ def lower_program(
     module.recompile()
     module.meta["unpooling"] = tuple(blocks)
     return module
+
+
+def returning_maps(
+    module: GraphModule, masked: Collection[Any], blocks: list[dict[str, Any]]
+) -> tuple[GraphModule, list[int]]:
+    """Make a lowered module return the maps that its unpoolings by a mask read, in place of its outputs.
+
+    Args:
+        module: the module; a copy is changed.
+        masked: what is called for the unpoolings by a mask.
+        blocks: record of each unpooling.
+
+    Returns:
+        The copy, and the places of these unpoolings among the blocks; a map that is an input of the model is left out,
+        for it is the same everywhere.
+    """
+    module = copy.deepcopy(module)
+    places = [place for place, block in enumerate(blocks) if block["lowering"] != "scatter"]
+    maps = [node.args[1] for node in module.graph.nodes if node.target in masked]
+    chosen = [(node, place) for node, place in zip(maps, places, strict=True) if node.op != "placeholder"]
+    for output in module.graph.find_nodes(op="output"):
+        output.args = (tuple(node for node, _ in chosen),)
+    module.graph.eliminate_dead_code()
+    # A captured module rebuilds its outputs by the original's structure.
+    module.graph.set_codegen(CodeGen())
+    module.recompile()
+    return module, [place for _, place in chosen]
 
 
 def _check_branches(module: GraphModule) -> None:

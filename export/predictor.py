@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -163,43 +163,10 @@ def _load_openvino(path: str) -> tuple[Run, str | None, int]:
     core = openvino.Core()
     model = core.read_model(path)
     compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    if not path.endswith(".xml"):
-        text = _onnx_metadata(path)
-    else:
-        text = model.get_rt_info(_KEY).astype(str) if model.has_rt_info(_KEY) else None
+    place = ["framework", _KEY]  # where OpenVINO keeps the metadata of ONNX files, also of those it saves as its own
+    text = model.get_rt_info(place).astype(str) if model.has_rt_info(place) else None
     batch = model.input(0).partial_shape[0]
     return lambda array: list(compiled([array]).values()), text, batch.get_length() if batch.is_static else 1
-
-
-def _onnx_metadata(path: str) -> str | None:
-    """Read one entry of an ONNX file's metadata, a protocol buffer, without the onnx package."""
-    with open(path, "rb") as file:
-        while field := _number(file):
-            # Field 14 of ModelProto is metadata_props; of its entries 1 is the key and 2 the value (onnx.proto).
-            if field & 7 == 0:
-                _number(file)
-            elif field >> 3 != 14:
-                file.seek(_number(file), os.SEEK_CUR)
-            else:
-                length, entry = _number(file), dict[int, str]()
-                end = file.tell() + length
-                while file.tell() < end:
-                    part = _number(file) >> 3
-                    entry[part] = file.read(_number(file)).decode()
-                if entry.get(1) == _KEY:
-                    return entry[2]
-    return None
-
-
-def _number(file: BinaryIO) -> int:
-    """A variable-length integer, 0 at the end of the file."""
-    value = shift = 0
-    while byte := file.read(1):
-        value |= (byte[0] & 127) << shift
-        if byte[0] < 128:
-            return value
-        shift += 7
-    return 0
 
 
 if __name__ == "__main__":

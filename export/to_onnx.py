@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from ..contexts import kept
 from . import verify, verify_blocks
 from .inputs import axes_of, check_arguments, shapes_of
-from .lower import as_args, blocks_of, lower_program
+from .lower import as_args, blocks_of, lower_program, returning_maps
 from .lower_pair import unpoolings
 from .open_sizes import capture_open, unguarded
 from .targets import check_drop_in, check_fixed, check_mode, check_output, check_target
@@ -253,47 +253,26 @@ def _flips(
 
     from .onnx_forms import OPERATORS
 
-    chosen = [i for i, block in enumerate(blocks) if block["lowering"] != "scatter"]
-    calls = [node for node in lowered.graph.nodes if node.target in OPERATORS.values()]
-    pooled = [calls[i].args[1] for i in chosen]
-    # A map that is an input of the model is the same in both.
-    given = {value.name for value in proto.graph.input}
-    names = [made[i].input_names()[-1] for i in chosen]
-    asked = list(dict.fromkeys(name for name in names if name not in given))
-    if not asked:
+    masked = [operator for lowering, operator in OPERATORS.items() if lowering != "scatter"]
+    module, places = returning_maps(lowered, masked, blocks)
+    names = [made[place].input_names()[-1] for place in places]
+    if not places:
         return verify.flipped_windows([])
     extended = onnx.ModelProto()
     extended.CopyFrom(proto)
-    known = {value.name: value for value in (*proto.graph.value_info, *proto.graph.output)}
+    known = {value.name: value for each in ("input", "value_info", "output") for value in getattr(proto.graph, each)}
     del extended.graph.output[:]
-    extended.graph.output.extend(known[name] for name in asked)
+    extended.graph.output.extend(known[name] for name in dict.fromkeys(names))
     run = verify.runner(extended.SerializeToString(), runtime)
 
     def maps(args: tuple[Any, ...]) -> Iterator[Any]:
-        watch = _Watch(lowered, pooled)
         with torch.no_grad():
-            watch.run(*args)
-        outputs = dict(zip(asked, run([each.numpy() for each in args]), strict=True))
-        for i, node, name in zip(chosen, pooled, names, strict=True):
-            if name in outputs:
-                theirs = torch.from_numpy(outputs[name])
-                yield watch.seen[node], theirs, blocks[i]["window"], blocks[i]["ceil_mode"]
+            ours = module(*args)
+        theirs = dict(zip(dict.fromkeys(names), run([each.numpy() for each in args]), strict=True))
+        for one, name, place in zip(ours, names, places, strict=True):
+            yield one, torch.from_numpy(theirs[name]), blocks[place]["window"], blocks[place]["ceil_mode"]
 
     return verify.flipped_windows(map(maps, inputs))
-
-
-class _Watch(torch.fx.Interpreter):
-    """Runs a graph and keeps the results of some nodes."""
-
-    def __init__(self, module: GraphModule, nodes: list[torch.fx.Node]) -> None:
-        super().__init__(module)
-        self.watched, self.seen = set(nodes), dict[torch.fx.Node, Tensor]()
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.watched:
-            self.seen[n] = result.detach().clone()
-        return result
 
 
 def _write_beside(path: Path, report: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """OpenVINO's own files (.xml with .bin)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from .inputs import random_like
 from .lower import as_args
 from .targets import check_output
 from .to_onnx import Half, compared, to_onnx
-from .verify import KEY, judge, runner, write_report
+from .verify import judge, runner, write_report
 
 __all__ = ["to_openvino"]
 
@@ -59,9 +58,7 @@ def to_openvino(
         report = to_onnx(
             model, example, onnx_file, "openvino", dynamic=dynamic, half=half, lowering=lowering, metadata=metadata
         )
-        facts = {key: value for key, value in report.items() if key not in ("file", "blocks", "outputs")}
         program = openvino.Core().read_model(str(onnx_file))
-        program.set_rt_info(json.dumps({**facts, **(metadata or {})}), KEY)
         openvino.save_model(program, str(converted), compress_to_fp16=half)
         args, generator = as_args(example), torch.Generator().manual_seed(1)
         inputs = [

@@ -227,7 +227,7 @@ def segment(
 
 def _starts(length: int, window: int, overlap: float) -> Iterator[int]:
     """Yield where windows start, evenly spaced from edge to edge."""
-    steps = math.ceil((length - window) / (window * (1 - overlap)))
+    steps = math.ceil(round((length - window) / (window * (1 - overlap)), 6))  # 1 - 0.9 is less than 0.1
     yield from (round(place * (length - window) / max(steps, 1)) for place in range(steps + 1))
 
 

@@ -94,7 +94,8 @@ def test_predict_ranks_all_images(capsys, monkeypatch):
 @pytest.mark.usefixtures("untrained")
 def test_demo_draws_exports_and_compares(tmp_path, capsys):
     assert main(["demo", "--name", "tiny", "--output", str(tmp_path)]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.png", "road.png", "tiny.onnx"]
+    written = ["demo.png", "poolskip_predictor.py", "road.png", "tiny.onnx", "tiny.onnx.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
     with Image.open(tmp_path / "road.png") as picture:
         assert picture.width > 3 * 480  # the scene, segments and truth, and a legend
     said = capsys.readouterr().out

@@ -105,6 +105,18 @@ def test_an_overlap_of_windows_out_of_range(overlap):
         segment(torch.nn.Conv2d(3, 2, 1), torch.zeros(1, 3, 64, 64), (64, 64), (32, 32), overlap)
 
 
+@pytest.mark.parametrize(
+    ("length", "window", "overlap", "steps"), [(64, 32, 0.9, 10), (128, 32, 0.8, 15), (65, 32, 0, 2)]
+)
+def test_windows_are_no_more_than_the_overlap_asks(length, window, overlap, steps):
+    rows = []
+    model = torch.nn.Conv2d(1, 1, 1)
+    model.register_forward_hook(lambda _, inputs, __: rows.append(int(inputs[0][0, 0, 0, 0])))
+    images = torch.arange(float(length)).expand(1, 1, 32, length)
+    segment(model, images, (32, length), (32, window), overlap)
+    assert rows == [round(place * (length - window) / steps) for place in range(steps + 1)]
+
+
 @pytest.mark.parametrize("window", [(0, 32), (32,)])
 def test_a_window_that_is_none(window):
     with pytest.raises(ValueError, match=re.escape(f"window={window}: expected height and width in pixels")):

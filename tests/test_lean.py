@@ -18,6 +18,7 @@ from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from poolskip_zoo.layers import PoolSkip1d, PoolSkip2d, PoolSkip3d, lean, max_pool_unpool2d
+from poolskip_zoo.layers.tokens import Grid, TokenPoolSkip2d
 
 POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 UNPOOL = (F.max_unpool1d, F.max_unpool2d, F.max_unpool3d)
@@ -111,6 +112,23 @@ def test_first_and_second_derivatives(e, layout, lean_runs):
     assert lean_runs
 
 
+def saved(function, x, layer):
+    """Bytes kept for the backward of one element of x, storages counted once and weights not at all."""
+    storages = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    leaf = x * 1  # no leaf, so that saving x counts
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = function(leaf)
+    assert y.requires_grad
+    return sum(size for place, size in storages.items() if place not in own) / x.numel()
+
+
 @pytest.mark.parametrize(
     ("e", "most", "stock_bytes"),
     [(2, 1.5, 10.0), (4, 0.375, 8.5)],
@@ -119,24 +137,12 @@ def test_first_and_second_derivatives(e, layout, lean_runs):
 def test_saved_bytes(e, most, stock_bytes, width):
     layer = PoolSkip2d(8, e, groups=8)
     x = torch.randn(2, 8, 32, width, requires_grad=True)
-
-    def saved(function):
-        storages = {}
-        own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-        leaf = x * 1  # no leaf, so that saving x counts
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            y = function(leaf)
-        assert y.requires_grad
-        return sum(size for place, size in storages.items() if place not in own) / x.numel()
-
-    assert saved(layer) <= most
-    assert saved(lambda x: stock(layer, x)) == pytest.approx(stock_bytes, rel=0.01)
+    assert saved(layer, x, layer) <= most
+    assert saved(lambda x: stock(layer, x), x, layer) == pytest.approx(stock_bytes, rel=0.01)
+    grid = Grid(prefix=0, fixed=True)
+    grid.resize(32, width)
+    tokens = TokenPoolSkip2d(8, grid, pool_size=e, groups=8)
+    assert saved(tokens, x.detach().flatten(2).mT.contiguous().requires_grad_(), tokens) <= most
 
 
 def test_autocast_takes_the_types_of_the_stock_composition(lean_runs):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from test_training import PLAIN, call, data, recipe  # noqa: F401  data is a fixture
 
 from poolskip_zoo.cli import train_many as verb
-from poolskip_zoo.training import join_weights, load_list, many, train_many
+from poolskip_zoo.training import Recipe, join_weights, load_list, many, train, train_many
 from poolskip_zoo.training.many import SUMMARY, split_weights, train_list
 
 
@@ -176,14 +177,29 @@ def test_the_command_tests_once_and_leaves_parts(
         join_weights(folder)
 
 
-def test_a_point_that_diverges_is_the_worst_of_its_grid(data: Path, tiny: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_point_that_diverges_is_the_worst_of_its_grid(
+    data: Path,  # noqa: F811
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     entry = {"recipe": str(tiny), "set": {"epochs": 1, "hold_out": 20}, "seeds": [0, 1]}
     entry["grid"] = [{"lr": 1e30}, {"lr": 0.01}]
     (tmp_path / "list.yaml").write_text(json.dumps([entry]))
+    trained = []
+
+    def counted(recipe: Recipe, *args: Any, **settings: Any) -> Any:
+        trained.append((recipe.lr, recipe.seed))
+        return train(recipe, *args, **settings)
+
+    monkeypatch.setattr(many, "train", counted)
     outcomes = train_list(tmp_path / "list.yaml", data, tmp_path / "runs", cpu=True)
-    assert [(each.recipe.lr, each.recipe.seed, each.state) for each in outcomes] == [
-        *((1e30, 0, "failed"), (0.01, 0, "finished"), (0.01, 1, "finished"))
-    ]
+    ends = [(1e30, 0, "failed"), (0.01, 0, "finished"), (0.01, 1, "finished")]
+    assert [(each.recipe.lr, each.recipe.seed, each.state) for each in outcomes] == ends
+    assert trained.count((1e30, 0)) == 1  # though the list was gone through twice
+    # A later call that is stopped on its way leaves the grid decided.
+    assert train(outcomes[0].recipe, data, tmp_path / "runs", cpu=True, limit_steps=1) is None
+    assert load_list(tmp_path / "list.yaml", tmp_path / "runs") == [each.recipe for each in outcomes]
     told = tmp_path / "runs" / f"{outcomes[0].recipe.name}-s0" / "diverged.txt"
     assert told.read_text().strip() == outcomes[0].error
     (tmp_path / "list.yaml").write_text(json.dumps([{**entry, "grid": [{"lr": 1e30}, {"lr": 1e31}]}]))

@@ -28,8 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from pathlib import Path
 
-    import torch
-
+    from ..export import to_onnx
     from ..inference import Classifier, read_image
     from ..samples import first_name, sample_class, sample_paths
 
@@ -54,11 +53,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"picture: {picture}")
 
     model_file = folder / f"{args.name}.onnx"
-    _export(classifier.model, x, model_file)
-    with torch.inference_mode():
-        eager = classifier.model(x)
-    difference, same = _compare(model_file, x, eager)
-    print(f"ONNX: {model_file}; in ONNX Runtime the largest difference of a logit is {difference:.1e}")
+    outputs = to_onnx(classifier.model, x, model_file)["outputs"]
+    same = outputs["agreement"] == 1
+    print(f"ONNX: {model_file}; in ONNX Runtime logits differ by {outputs['max_relative_error']:.1e} of the largest")
     print("the same classes in PyTorch and ONNX Runtime" if same else "ONNX Runtime gives other classes")
     for what, milliseconds in _latencies(classifier.model, model_file, x[:1]).items():
         print(f"{what}: {milliseconds:.2f} ms for one image")
@@ -128,40 +125,6 @@ def _draw(path, images, ranked, before, window, layer):
     save_figure(figure, path)
 
 
-def _export(model, x, path):
-    """Plain `torch.onnx.export` with a dynamic batch."""
-    import logging
-
-    import torch
-
-    # The exporter announces every step and every operator set that is not installed.
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        with kept(path) as temporary:
-            torch.onnx.export(
-                model,
-                (x,),
-                temporary,
-                input_names=["image"],
-                output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),  # torch 2.6 would fix a named axis
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-            )
-    except ModuleNotFoundError as error:
-        raise ImportError(f"the export needs {error.name}: pip install 'poolskip-zoo[export]'") from error
-
-
-def _compare(path, x, eager):
-    """Largest difference of a logit, and whether every image has the same class."""
-    import numpy as np
-
-    logits = _session(path).run(None, {"image": x.numpy()})[0]
-    expected = eager.numpy()
-    return float(np.abs(logits - expected).max()), bool((logits.argmax(1) == expected.argmax(1)).all())
-
-
 def _segment_road(path):
     """The road scene, its segments and its ground truth side by side."""
     import numpy as np
@@ -183,26 +146,19 @@ def _segment_road(path):
     print(f"{path}: a road scene, its segments by {_SEGMENTS} and the ground truth, which share {share:.1%} of pixels")
 
 
-def _session(path):
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError("the comparison needs onnxruntime: pip install 'poolskip-zoo[export]'") from error
-    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-
 def _latencies(model, path, x):
     """Median milliseconds of the model, its file and its base, which take turns."""
     import copy
 
     from ..diagnostics.cost import measure_latency
+    from ..export.verify import runner
     from ..layers import remove_pool_skip
 
     base = remove_pool_skip(copy.deepcopy(model))
-    session, image = _session(path), x.numpy()
+    session, image = runner(path, "onnxruntime"), x.numpy()
     programs = {
         "PyTorch": lambda: model(x),
-        "ONNX Runtime": lambda: session.run(None, {"image": image}),
+        "ONNX Runtime": lambda: session([image]),
         "the base model in PyTorch": lambda: base(x),
     }
     return dict(zip(programs, measure_latency(list(programs.values()), 15), strict=True))

@@ -82,7 +82,7 @@ def _images(args: argparse.Namespace, subject: Any) -> tuple[Any, Any]:
 
     from ..data import DATASETS, EvalLoader
     from ..data.datasets import HOLD_OUT, SegmentationInfo
-    from .diagnose import has_data, image_batches
+    from .images import has_data, image_batches
 
     known = [name for name, info in DATASETS.items() if not isinstance(info, SegmentationInfo)]
     if not has_data(args, subject, known):

@@ -139,7 +139,7 @@ def _measure(recipe: Any, args: argparse.Namespace) -> tuple[Any, list[Any]]:
 def _diagnose(subject: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Diagnose a run's model on held-out images."""
     from ..diagnostics import diagnose
-    from .diagnose import image_batches
+    from .images import image_batches
     from .subject import best_device
 
     device = best_device()

@@ -1,4 +1,4 @@
-"""Data sets of small images, held in memory, and batches that are pure functions of seed, epoch and step."""
+"""Data sets of images and of scenes, and batches that are pure functions of seed, epoch and step."""
 
 from .datasets import DATASETS, DatasetInfo, Split, load_split, load_splits
 from .loader import EvalLoader, TrainLoader

@@ -6,6 +6,7 @@ the same images make up a step on one device and on many.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,18 +18,33 @@ from .datasets import Split
 _ORDER_STREAM = 99  # of random_bits: the order of an epoch
 
 
-class _Images:
-    """Images on a device, turned into normalised float batches."""
+class Images:
+    """Images on a device, turned into normalised float batches.
+
+    Args:
+        split: the images.
+        mean: three channel means, 0 to 1.
+        std: three channel standard deviations, 0 to 1.
+        image_size: height and width of a batch; other sizes are resized to it.
+        device: where the images are kept.
+        channels_last: memory layout of a batch.
+        rank: number of this process.
+        world: number of processes.
+    """
 
     def __init__(
         self,
         split: Split,
+        *,
         mean: Sequence[float],
         std: Sequence[float],
         image_size: int,
-        device: torch.device | str,
-        channels_last: bool,
+        device: torch.device | str = "cpu",
+        channels_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        self.rank, self.world = rank, world
         self.images, self.labels = split.images.to(device), split.labels.to(device)
         self.image_size, self.channels_last = image_size, channels_last
         self.scale = 1 / (255 * torch.tensor(std, device=device).view(1, 3, 1, 1))
@@ -94,22 +110,16 @@ class ShuffledBatches:
         return self._order[1]
 
 
-class TrainLoader(_Images, ShuffledBatches):
+class TrainLoader(Images, ShuffledBatches):
     """Shuffled, augmented training batches of one process.
 
     Args:
         split: training images.
         batch_size: images per optimizer step over all processes and accumulation steps.
         augment: the augmentation; its seed also shuffles.
-        mean: three channel means, 0 to 1.
-        std: three channel standard deviations, 0 to 1.
-        image_size: height and width of a batch; other sizes are resized to it.
-        device: where the images are kept and augmented.
-        channels_last: memory layout of a batch.
-        rank: number of this process.
-        world: number of processes.
         accumulation: forward passes per optimizer step and process.
         sizes: pairs of an epoch, rising from 0, and the height and width from then on, in place of `image_size`.
+        settings: keywords of `Images`.
 
     Raises:
         ValueError: if the batch is not divisible, or larger than the split.
@@ -121,18 +131,12 @@ class TrainLoader(_Images, ShuffledBatches):
         batch_size: int,
         augment: Augment,
         *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        image_size: int,
-        device: torch.device | str = "cpu",
-        channels_last: bool = False,
-        rank: int = 0,
-        world: int = 1,
         accumulation: int = 1,
         sizes: Sequence[Sequence[int]] = (),
+        **settings: Any,
     ) -> None:
-        _Images.__init__(self, split, mean, std, image_size, device, channels_last)
-        ShuffledBatches.__init__(self, len(split), batch_size, augment.seed, rank, world, accumulation)
+        Images.__init__(self, split, **settings)
+        ShuffledBatches.__init__(self, len(split), batch_size, augment.seed, self.rank, self.world, accumulation)
         self.augment, self.sizes = augment, sizes
 
     def batch(self, epoch: int, step: int, micro: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,36 +157,18 @@ class TrainLoader(_Images, ShuffledBatches):
         return self.augment.erase(self.to_batch(pixels, size), index, epoch), self.labels[chosen]
 
 
-class EvalLoader(_Images):
+class EvalLoader(Images):
     """Batches in order, without augmentation; of several processes each takes every `world`-th batch.
 
     Args:
         split: images.
         batch_size: images per batch.
-        mean: three channel means, 0 to 1.
-        std: three channel standard deviations, 0 to 1.
-        image_size: height and width of a batch; other sizes are resized to it.
-        device: where the images are kept.
-        channels_last: memory layout of a batch.
-        rank: number of this process.
-        world: number of processes.
+        settings: keywords of `Images`.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        image_size: int,
-        device: torch.device | str = "cpu",
-        channels_last: bool = False,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        super().__init__(split, mean, std, image_size, device, channels_last)
-        self.batch_size, self.rank, self.world = batch_size, rank, world
+    def __init__(self, split: Split, batch_size: int, **settings: Any) -> None:
+        super().__init__(split, **settings)
+        self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for start in range(self.rank * self.batch_size, len(self.labels), self.world * self.batch_size):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -13,17 +14,31 @@ READERS = 8  # threads that read and augment what is not in memory
 EVAL_BATCH = 8  # images in memory; larger ones come one by one, for their logits fill the memory
 
 
-class _Batches:
-    """Items on a device, turned into normalised float batches."""
+class SceneBatches:
+    """Items on a device, turned into normalised float batches.
+
+    Args:
+        scenes: the images.
+        mean: three channel means, 0 to 1.
+        std: three channel standard deviations, 0 to 1.
+        device: where batches are made.
+        channels_last: memory layout of a batch.
+        rank: number of this process.
+        world: number of processes.
+    """
 
     def __init__(
         self,
         scenes: Scenes,
+        *,
         mean: Sequence[float],
         std: Sequence[float],
-        device: torch.device | str,
-        channels_last: bool,
+        device: torch.device | str = "cpu",
+        channels_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        self.rank, self.world = rank, world
         self.in_memory = isinstance(scenes.items, list)
         self.items: Sequence[Item] = scenes.items
         if self.in_memory:
@@ -39,7 +54,7 @@ class _Batches:
         return functional.normalize(pixels, self.mean, self.std)
 
 
-class SceneTrainLoader(_Batches, ShuffledBatches):
+class SceneTrainLoader(SceneBatches, ShuffledBatches):
     """Shuffled, augmented training batches of one process.
 
     What is not in memory is read ahead by threads, one batch.
@@ -49,13 +64,8 @@ class SceneTrainLoader(_Batches, ShuffledBatches):
         batch_size: images per optimizer step over all processes and accumulation steps.
         augment: the augmentation; its seed also shuffles, its crop is the size of a batch.
         void: label that fills what a smaller image leaves of the crop; the image is filled with the mean.
-        mean: three channel means, 0 to 1.
-        std: three channel standard deviations, 0 to 1.
-        device: where batches are made.
-        channels_last: memory layout of a batch.
-        rank: number of this process.
-        world: number of processes.
         accumulation: forward passes per optimizer step and process.
+        settings: keywords of `SceneBatches`.
 
     Raises:
         ValueError: if the batch is not divisible, or larger than the split.
@@ -68,16 +78,11 @@ class SceneTrainLoader(_Batches, ShuffledBatches):
         augment: SceneAugment,
         *,
         void: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        device: torch.device | str = "cpu",
-        channels_last: bool = False,
-        rank: int = 0,
-        world: int = 1,
         accumulation: int = 1,
+        **settings: Any,
     ) -> None:
-        ShuffledBatches.__init__(self, len(scenes), batch_size, augment.seed, rank, world, accumulation)
-        _Batches.__init__(self, scenes, mean, std, device, channels_last)
+        SceneBatches.__init__(self, scenes, **settings)
+        ShuffledBatches.__init__(self, len(scenes), batch_size, augment.seed, self.rank, self.world, accumulation)
         self.augment, self.void = augment, void
         self._pool = None if self.in_memory else ThreadPoolExecutor(READERS)
         self._ahead: tuple[tuple[int, int, int], Iterator[Item]] = ((-1, 0, 0), iter(()))
@@ -119,36 +124,19 @@ class SceneTrainLoader(_Batches, ShuffledBatches):
         return map(make, index.tolist()) if self._pool is None else self._pool.map(make, index.tolist())
 
 
-class SceneEvalLoader(_Batches):
+class SceneEvalLoader(SceneBatches):
     """Images in order, without augmentation; of several processes each takes every `world`-th batch.
 
     Args:
         scenes: images.
         image_size: shorter side that images are resized to, in pixels; 0 leaves them. Labels stay as they are.
-        mean: three channel means, 0 to 1.
-        std: three channel standard deviations, 0 to 1.
-        device: where batches are made.
-        channels_last: memory layout of a batch.
-        rank: number of this process.
-        world: number of processes.
         batch_size: images in memory per batch; others come one by one.
+        settings: keywords of `SceneBatches`.
     """
 
-    def __init__(
-        self,
-        scenes: Scenes,
-        *,
-        image_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        device: torch.device | str = "cpu",
-        channels_last: bool = False,
-        rank: int = 0,
-        world: int = 1,
-        batch_size: int = EVAL_BATCH,
-    ) -> None:
-        super().__init__(scenes, mean, std, device, channels_last)
-        self.image_size, self.rank, self.world, self.batch_size = image_size, rank, world, batch_size
+    def __init__(self, scenes: Scenes, *, image_size: int, batch_size: int = EVAL_BATCH, **settings: Any) -> None:
+        super().__init__(scenes, **settings)
+        self.image_size, self.batch_size = image_size, batch_size
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         with ThreadPoolExecutor(READERS) as pool:

@@ -52,6 +52,10 @@ class PoolSkip(nn.Module):
             self.conv.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.add_to(x)
+
+    def add_to(self, x: Tensor) -> Tensor:
+        """`x` plus the convolution of its window maxima."""
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out what is inside
             if self._is_lean(x):
                 return add_conv_of_window_maxima(x, self.window, self.conv)

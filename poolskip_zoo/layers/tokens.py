@@ -21,7 +21,6 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from .functional import window_maxima
 from .pool_skip import PoolSkip2d
 
 __all__ = ["Grid", "GridPatchEmbed", "TokenPoolSkip2d", "attach_grid", "check_grid", "detach_grid"]
@@ -191,8 +190,7 @@ class TokenPoolSkip2d(PoolSkip2d):
         prefix = self.grid.prefix
         # Tokens are channels last already: no copy.
         patches = x[:, prefix:].reshape(x.shape[0], height, width, x.shape[2]).permute(0, 3, 1, 2)
-        patches = patches + self.conv(window_maxima(patches, self.window))
-        patches = patches.permute(0, 2, 3, 1).flatten(1, 2)
+        patches = self.add_to(patches).permute(0, 2, 3, 1).flatten(1, 2)
         return torch.cat([x[:, :prefix], patches], dim=1) if prefix > 0 else patches
 
 

@@ -203,44 +203,14 @@ class CifarResNet(SmallStemResNet):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features with intermediates: index 0 is the stem's output, 1 to 3 those of the stages.
-
-        Args:
-            x: images.
-            indices: the last n features if an int, all if None, those listed otherwise (negative from the end).
-            norm: without effect, as in timm's ResNet: there is no final norm.
-            stop_early: run no stage after the last one wanted.
-            output_fmt: "NCHW".
-            intermediates_only: leave out the final features.
-
-        Shape:
-            x: (N, in_chans, H, W).
-
-        Returns:
-            The final features and the list of intermediates, or that list alone.
-
-        Raises:
-            AssertionError: timm's, if an index is out of range or `output_fmt` is another.
-        """
+        """timm's, of four features: the stem's and those of the three stages."""
         take, _ = feature_take_indices(len(self.feature_info), indices)
         return super().forward_intermediates(x, take, norm, stop_early, output_fmt, intermediates_only)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the stages after the last wanted feature, and the head.
-
-        Args:
-            indices: as in `forward_intermediates`.
-            prune_norm: without effect, as in timm's ResNet.
-            prune_head: remove the head even if all stages stay.
-
-        Returns:
-            The indices kept, counted from 0.
-
-        Raises:
-            AssertionError: timm's, if an index is out of range.
-        """
+        """timm's, of four features; the empty last stage is none."""
         take, last = feature_take_indices(len(self.feature_info), indices)
         if last < len(self.feature_info) - 1:
             return super().prune_intermediate_layers(take, prune_norm, prune_head)

@@ -98,16 +98,4 @@ class PoolSkipGroupedModel(PoolSkipModel):
 
 
 class PoolSkipResNet(PoolSkipGroupedModel, StemResNet):
-    """timm's ResNet with Pool Skip, and with `stem_stride` for small images.
-
-    Args:
-        pool_skip: see `PoolSkipModel`; placements "default" and "all".
-        args: positional arguments of `StemResNet`.
-        kwargs: keyword arguments of `StemResNet`.
-
-    Shape:
-        (N, in_chans, H, W) to (N, num_classes).
-
-    Raises:
-        ValueError: as `PoolSkipModel` and `StemResNet`.
-    """
+    """timm's ResNet with Pool Skip, placements "default" and "all"; arguments, shapes and errors of both bases."""

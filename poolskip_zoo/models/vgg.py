@@ -13,19 +13,7 @@ register_placements(VGG, {"default": (Rule("features.*", exclude="features.0", p
 
 
 class PoolSkipVGG(PoolSkipModel, VGG):
-    """timm's VGG with Pool Skip after every convolution of the features but the first.
-
-    Args:
-        pool_skip: see `PoolSkipModel`; placement "default".
-        args: positional arguments of `timm.models.vgg.VGG`.
-        kwargs: keyword arguments of `timm.models.vgg.VGG`.
-
-    Shape:
-        (N, in_chans, H, W) to (N, num_classes).
-
-    Raises:
-        ValueError: as `PoolSkipModel`.
-    """
+    """timm's VGG with Pool Skip after every convolution of the features but the first; arguments and errors of both."""
 
     @torch.jit.ignore
     def init_weights(self) -> None:

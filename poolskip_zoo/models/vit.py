@@ -46,17 +46,4 @@ class PoolSkipVisionTransformer(_PoolSkipViT, VisionTransformer):
 
 
 class PoolSkipVisionTransformerDistilled(_PoolSkipViT, VisionTransformerDistilled):
-    """timm's distilled DeiT with Pool Skip, as `PoolSkipVisionTransformer`.
-
-    Args:
-        pool_skip: see `PoolSkipModel`; placement "default".
-        use_naflex: False or None.
-        args: positional arguments of `timm.models.deit.VisionTransformerDistilled`.
-        kwargs: keyword arguments of `timm.models.deit.VisionTransformerDistilled`.
-
-    Shape:
-        (N, in_chans, H, W) to (N, num_classes); while training with `set_distilled_training()` a pair of them.
-
-    Raises:
-        ValueError: as `PoolSkipModel`; for `patch_drop_rate` above 0 or `use_naflex=True`.
-    """
+    """timm's distilled DeiT with Pool Skip, as `PoolSkipVisionTransformer`; arguments, shapes and errors of both."""

@@ -9,16 +9,13 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 from ..contexts import evaluating
-from ..data import DATASETS, EvalLoader, Split, TrainLoader
-from ..data.augment import Augment
+from ..data import DATASETS
 from ..registry.catalogue import create_base
 from ..registry.checkpoint import SUFFIX, retrained_cfg
 from .recipe import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-EVAL_BATCH = 250
 
 
 def make_accelerator(recipe: Recipe, cpu: bool = False) -> "Accelerator":
@@ -245,41 +242,3 @@ def make_mixup(recipe: Recipe) -> Callable[[torch.Tensor, torch.Tensor], tuple[t
         label_smoothing=recipe.label_smoothing,
         num_classes=DATASETS[recipe.dataset].num_classes,
     )
-
-
-def make_loaders(
-    recipe: Recipe, splits: list[Split], shared: Mapping[str, Any]
-) -> tuple[TrainLoader, EvalLoader | None]:
-    """Make the loaders of this process.
-
-    Args:
-        recipe: the run.
-        splits: training images and, unless nothing is held out, held-out ones.
-        shared: keywords of both: statistics, device, layout, rank and number of processes.
-
-    Returns:
-        The training loader, and that of the held-out images or None.
-
-    Raises:
-        ValueError: if the batch size does not fit the processes, the mixing or the data, or the crop not the images.
-    """
-    info = DATASETS[recipe.dataset]
-    red, green, blue = (round(255 * value) for value in info.mean)
-    crop, largest = (recipe.crop_size or [0])[0], min(splits[0].images.shape[1:3]) + 2 * recipe.crop_padding
-    if crop > largest:
-        raise ValueError(f"crop_size={recipe.crop_size} is larger than the images with their padding, {largest} pixels")
-    augment = Augment(
-        recipe.seed,
-        recipe.crop_padding,
-        crop,
-        recipe.flip,
-        recipe.rand_augment,
-        recipe.random_erasing,
-        (red, green, blue),
-    )
-    shared = {**shared, "image_size": recipe.image_size or info.image_size}
-    settings: dict[str, Any] = {"accumulation": recipe.accumulation, "sizes": recipe.sizes}
-    train = TrainLoader(splits[0], recipe.batch_size, augment, **settings, **shared)
-    if recipe.mixes and train.micro_size % 2:
-        raise ValueError(f"mixup and cutmix need an even batch per forward pass, not {train.micro_size}")
-    return train, EvalLoader(splits[1], EVAL_BATCH, **shared) if len(splits) > 1 else None

@@ -422,6 +422,7 @@ class _Run:
             for name, value in self.task.files(model).items():
                 write_json(self.folder / name, value)
             write_json(self.folder / "metrics.json", metrics)
+            (self.folder / DIVERGED).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         return metrics
 

@@ -188,8 +188,10 @@ def train_list(
     """
     begun = time.monotonic()
     recipes, left = load_list(source, output, share), limit_seconds
+    settings["summary"], outcomes = summary_name(share), list[Outcome]()
     while True:
-        outcomes = train_many(recipes, data_dir, output, limit_seconds=left, summary=summary_name(share), **settings)
+        failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+        outcomes = train_many(recipes, data_dir, output, limit_seconds=left, failed=failed, **settings)
         known = load_list(source, output, share)
         left = _agreed(limit_seconds - (time.monotonic() - begun) if limit_seconds else 0)
         if known == recipes or (limit_seconds and left <= 0):
@@ -206,6 +208,7 @@ def train_many(
     part_size: str = "",
     measure: Callable[[Path], dict[str, Any]] | None = None,
     summary: str = SUMMARY,
+    failed: Iterable[Outcome] = (),
     **settings: Any,
 ) -> list[Outcome]:
     """Train runs in order, each from where it was stopped; a failed one does not keep the others.
@@ -222,6 +225,7 @@ def train_many(
         part_size: also leave the weights in files of at most this size, such as `"16MB"`; empty for none.
         measure: makes test scores of a finished run's folder; kept in its `scores.json`.
         summary: file name of the table.
+        failed: outcomes of runs that are not tried once more.
         settings: more keywords of `train`.
 
     Returns:
@@ -236,12 +240,15 @@ def train_many(
     if part_size and not re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", part_size, re.IGNORECASE):
         raise ValueError(f"part_size {part_size!r} is no number with KB, MB, GB or TB, such as 16MB")
     recipes, end = list(recipes), time.monotonic() + limit_seconds
-    outcomes = [Outcome(recipe, "waiting") for recipe in recipes]
+    known = {run_folder(output, outcome.recipe): outcome for outcome in failed}
+    outcomes = [known.get(run_folder(output, recipe), Outcome(recipe, "waiting")) for recipe in recipes]
     main = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the one that writes
     for place, recipe in enumerate(recipes):
         left = _agreed(end - time.monotonic()) if limit_seconds else 0
         late = limit_seconds > 0 and left <= 0
         folder = run_folder(output, recipe)
+        if folder in known:
+            continue
         try:
             if late:  # what was finished before has its line all the same
                 metrics = finished_metrics(folder, recipe)

@@ -104,7 +104,7 @@ def open_folder(folder: Path, resume: bool) -> int | None:
     with explain_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
-    for path in (*folder.glob(".tmp*"), folder / DIVERGED, *(folder / name for name in FILES if not resume)):
+    for path in (*folder.glob(".tmp*"), *(folder / name for name in FILES if not resume)):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return lock
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..data import DATASETS, EvalLoader, TrainLoader, load_splits
+from ..data.augment import Augment
 from ..data.scene_augment import SceneAugment
 from ..data.scene_loader import SceneEvalLoader, SceneTrainLoader
 from ..data.scenes import Scenes, load_scenes
@@ -23,6 +24,7 @@ from .recipe import Recipe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+EVAL_BATCH = 250
 DataDir = str | os.PathLike[str] | None
 
 
@@ -65,12 +67,25 @@ class Classification(_Task):
         self, data_dir: DataDir, download: bool, accelerator: "Accelerator"
     ) -> tuple[TrainLoader, EvalLoader | None]:
         """Make the loaders of training and of held-out images, if any."""
-        hold_out = self.recipe.hold_out
-        names = ("train", "val") if hold_out else ("train",)
-        splits = load_splits(self.recipe.dataset, names, data_dir, hold_out=hold_out, download=download)
-        if self.recipe.train_images:
-            splits[0] = splits[0].part(self.recipe.train_images)
-        return build.make_loaders(self.recipe, splits, self._of_loaders(accelerator))
+        recipe, info = self.recipe, self.info
+        names = ("train", "val") if recipe.hold_out else ("train",)
+        splits = load_splits(recipe.dataset, names, data_dir, hold_out=recipe.hold_out, download=download)
+        if recipe.train_images:
+            splits[0] = splits[0].part(recipe.train_images)
+        crop, largest = (recipe.crop_size or [0])[0], min(splits[0].images.shape[1:3]) + 2 * recipe.crop_padding
+        if crop > largest:
+            raise ValueError(f"crop_size={recipe.crop_size} is larger than the images with their padding, {largest}")
+        red, green, blue = (round(255 * value) for value in info.mean)
+        augment = Augment(
+            *(recipe.seed, recipe.crop_padding, crop, recipe.flip, recipe.rand_augment, recipe.random_erasing),
+            (red, green, blue),
+        )
+        shared = {**self._of_loaders(accelerator), "image_size": recipe.image_size or info.image_size}
+        settings: dict[str, Any] = {"accumulation": recipe.accumulation, "sizes": recipe.sizes, **shared}
+        train = TrainLoader(splits[0], recipe.batch_size, augment, **settings)
+        if recipe.mixes and train.micro_size % 2:
+            raise ValueError(f"mixup and cutmix need an even batch per forward pass, not {train.micro_size}")
+        return train, EvalLoader(splits[1], EVAL_BATCH, **shared) if len(splits) > 1 else None
 
     def make_criterion(self) -> nn.Module:
         """Make the loss."""
