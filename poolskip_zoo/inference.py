@@ -48,7 +48,7 @@ def read_image(path: str | os.PathLike[str]) -> "Image":
             return image.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"no such image: {path}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
+    except (OSError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
         raise ValueError(f"{path} is no image that can be read: {error}") from error
 
 

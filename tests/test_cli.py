@@ -213,6 +213,13 @@ def test_top_out_of_range(capsys):
     assert "--top 11: expected 1 to 10" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("untrained")
+def test_without_standard_error_the_output_is_as_ever(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # `2>&-`: print would take standard output in its place
+    assert main(["predict", "any", str(sample_paths()[0]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_has_enough_is_no_error(unbuffered):
     script = "import sys; from poolskip_zoo.cli import main; sys.exit(main(['list']))"

@@ -354,7 +354,7 @@ def test_weights_that_are_too_large_leave_a_card_alone(finished, tmp_path, capsy
 
 @pytest.mark.usefixtures("shipped")
 @pytest.mark.parametrize(
-    "wrong", ["recipe", "scores", "no score", "list", "cut", "weights", "nan", "unfinished", "short", "damaged"]
+    "wrong", ["recipe", "scores", "no score", "list", "cut", "weights", "nan", "unfinished", "short", "damaged", "path"]
 )
 def test_add_refuses_what_a_card_could_not_tell(finished, tmp_path, capsys, wrong):
     if wrong == "recipe":
@@ -366,6 +366,9 @@ def test_add_refuses_what_a_card_could_not_tell(finished, tmp_path, capsys, wron
         (tmp_path / "scores.json").write_text(json.dumps({**scores, "top1": float("nan")}))
     elif wrong in ("short", "damaged"):
         (finished / "metrics.json").write_text('{"name": "x"}' if wrong == "short" else "{")
+    elif wrong == "path":
+        metrics = json.loads((finished / "metrics.json").read_text(encoding="utf-8"))
+        (finished / "metrics.json").write_text(json.dumps({**metrics, "name": f"../{RECIPE}"}))
     elif wrong in ("list", "cut"):
         (tmp_path / "scores.json").write_text("[]" if wrong == "list" else '{"name": ')
     elif wrong == "weights":  # another run of the same model, whose file has the same name
@@ -388,6 +391,7 @@ def test_add_refuses_what_a_card_could_not_tell(finished, tmp_path, capsys, wron
         "nan": "fc.bias",
         "no score": "between 0 and 100",
         "unfinished": "metrics.json",
+        "path": f"name '../{RECIPE}' is no plain file name",
         "short": "metrics.json is damaged: it lacks dataset, hardware",
         "damaged": "metrics.json is damaged: Expecting",
     }

@@ -65,6 +65,9 @@ def test_what_is_no_image_is_named(tmp_path, monkeypatch):
             read_image(path)
     monkeypatch.undo()
     assert read_image(whole).size == IMAGE.size
+    (tmp_path / "odd.dds").write_bytes(b"DDS " + bytes([124, 0, 0, 0]) + bytes(120))
+    with pytest.raises(ValueError, match=r"odd\.dds is no image that can be read: "):
+        read_image(tmp_path / "odd.dds")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,9 @@ def test_cifar10_is_packed_by_class(tmp_path: Path, capsys: pytest.CaptureFixtur
         for name in names
         for i in (1, 0)
     ]
+    (tmp_path / "from" / "train" / ".ipynb_checkpoints").mkdir()  # what file managers leave is no class and no image
+    for name in (".DS_Store", "Thumbs.db", "._0.jpg"):
+        (tmp_path / "from" / "train" / names[0] / name).write_bytes(b"Bud1")
     assert main(["pack", "cifar10_jpeg", str(tmp_path / "from"), str(tmp_path / "to")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "to" / "cifar10_jpeg.npz")
     train, test = load_splits("cifar10_jpeg", ("train", "test"), tmp_path / "to", hold_out=0)

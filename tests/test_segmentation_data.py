@@ -86,6 +86,7 @@ def test_camvid_from_its_pack_and_from_its_folder(folder: Path, tmp_path: Path) 
     with ZipFile(folder / "camvid.zip") as pack:
         first = np.asarray(Image.open(io.BytesIO(pack.read("camvid/train/0000.webp"))))
         pack.extractall(tmp_path)
+    (tmp_path / "camvid" / "val" / ".DS_Store").write_bytes(b"Bud1")
     assert np.array_equal(image.permute(1, 2, 0), first)  # in the order of names, not of the file
     assert all(
         same(*pair) for pair in zip(splits, load_scenes("camvid", ("train", "val", "test"), tmp_path), strict=True)

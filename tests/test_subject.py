@@ -110,8 +110,9 @@ def test_a_run_predicts_and_exports(run: tuple[Path, nn.Module], capsys: pytest.
     assert facts["class_names"] == list(labels)
 
 
-def test_a_run_that_began_with_timm_s_weights_does_not_fetch_them_again(tmp_path: Path) -> None:
-    settings = {"model": "resnet18.a1_in1k", "dataset": "cifar10", "model_args": {"pretrained": True}}
+@pytest.mark.parametrize("first", [{"pretrained": True}, {"checkpoint_path": "elsewhere/base.pth"}])
+def test_a_run_that_began_with_other_weights_does_not_fetch_them_again(tmp_path: Path, first: dict[str, Any]) -> None:
+    settings = {"model": "resnet18.a1_in1k", "dataset": "cifar10", "model_args": first}
     model = finish(tmp_path / "run", "resnet18.mine", settings)
     assert_same(load(str(tmp_path / "run")).model(torch.ones(1, 3, 32, 32)), model(torch.ones(1, 3, 32, 32)))
 

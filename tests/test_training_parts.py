@@ -16,6 +16,7 @@ from torch import nn
 from poolskip_zoo.contexts import write_atomic
 from poolskip_zoo.layers import pool_skip_modules
 from poolskip_zoo.training import build, evaluate
+from poolskip_zoo.training.metrics import draw_curves
 from poolskip_zoo.training.recipe import make_recipe
 from poolskip_zoo.training.state import load_checkpoint, save_checkpoint, save_weights, seed_step
 from poolskip_zoo.training.task import make_task
@@ -174,3 +175,8 @@ def test_the_recipe_alone_says_how_gradients_accumulate(monkeypatch: pytest.Monk
     build.make_accelerator(recipe(), cpu=True).backward(weight.sum())
     assert weight.grad is not None
     assert weight.grad.tolist() == [1, 1, 1]
+
+
+def test_curves_of_a_run_whose_name_looks_like_mathematics(tmp_path: Path) -> None:
+    draw_curves(tmp_path / "curves.png", [{"epoch": 1, "train_loss": 2.0, "lr": 0.1}], "a$x_$b, seed 0")
+    assert (tmp_path / "curves.png").exists()

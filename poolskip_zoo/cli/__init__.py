@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 2 after an error that is the caller's to mend (one line on standard error), 130 if interrupted,
         141 if nobody reads on.
     """
+    if sys.stderr is None:  # closed, as `2>&-` or a service leaves it
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for the rest of the process
     for stream in (sys.stdout, sys.stderr):  # a pipe on Windows may lack × and …
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _flush()
         return 141
     except (ValueError, RuntimeError, OSError, ImportError, SafetensorError) as error:
-        print(f"poolskip: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"poolskip: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         with suppress(OSError):
             _flush()
         return 2

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..contexts import kept
+from .packs import is_image
 
 __all__ = ["SOURCES", "make_packs"]
 
@@ -58,7 +59,7 @@ def _by_class(folder: Path, classes: Sequence[str], inside: str = "") -> tuple[l
     """Image files of a folder a class, in order, and their labels."""
     files, labels = [], []
     for label, name in enumerate(classes):
-        of_class = sorted(each for each in (folder / name / inside).glob("*") if each.is_file())
+        of_class = sorted(each for each in (folder / name / inside).glob("*") if is_image(each.name))
         if not of_class:
             raise FileNotFoundError(f"{folder / name / inside} has no images")
         files += of_class
@@ -69,7 +70,7 @@ def _by_class(folder: Path, classes: Sequence[str], inside: str = "") -> tuple[l
 def _pack_cifar10(source: Path, data_dir: Path) -> list[Path]:
     if not (source / "train").is_dir():
         raise FileNotFoundError(f"{source} has no folder train: expected {SOURCES['cifar10_jpeg']}")
-    classes = sorted(each.name for each in (source / "train").iterdir() if each.is_dir())
+    classes = sorted(each.name for each in (source / "train").glob("[!.]*") if each.is_dir())
     parts = {part: _by_class(source / part, classes) for part in ("train", "test")}
     return [_write(data_dir / "cifar10_jpeg.npz", parts, classes)]
 

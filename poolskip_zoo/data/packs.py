@@ -34,6 +34,13 @@ def data_file(folder: Path, name: str) -> Path:
     return path
 
 
+def is_image(name: str) -> bool:
+    """Whether a file of this name is an image, and not what a file manager leaves beside them."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+
+
 def read_pack(path: Path, prefix: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Decode all JPEG files of one part of a pack.
 

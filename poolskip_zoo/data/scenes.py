@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .datasets import DATASETS, check_splits, data_folder, spread_choice
-from .packs import data_file
+from .packs import data_file, is_image
 
 Item = tuple[torch.Tensor, torch.Tensor]
 OWN_VAL = -1  # of hold_out: the data set's own validation images
@@ -171,7 +171,8 @@ def _read_camvid(folder: Path, split: str, download: bool) -> list[Item]:
 
     try:
         files: Any = (root if root.is_dir() else ZipPath(place, "camvid/")) / split
-        ordered = sorted(files.iterdir(), key=lambda file: file.name) if files.is_dir() else []
+        found = (file for file in files.iterdir() if is_image(file.name)) if files.is_dir() else ()
+        ordered = sorted(found, key=lambda file: file.name)
     except (BadZipFile, OSError) as error:
         raise RuntimeError(f"{place} is no readable zip file: {error}") from error
     if not ordered:

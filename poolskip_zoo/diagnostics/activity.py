@@ -101,7 +101,7 @@ class _ReluWatch(TorchFunctionMode):
 
     def shares(self) -> dict[str, list[float]]:
         """Share of zeros by convolution and channel."""
-        return {name: (zeros.double() / self.counts[name]).tolist() for name, zeros in self.zeros.items()}
+        return {name: (zeros.cpu().double() / self.counts[name]).tolist() for name, zeros in self.zeros.items()}
 
     def _note(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -104,7 +104,7 @@ def variance_entropy(filters: Tensor) -> float | None:
         >>> variance_entropy(torch.arange(4.0).view(4, 1, 1, 1) * torch.ones(1, 1, 3, 3))
         0.0
     """
-    kernels = filters.flatten(0, 1).flatten(1).double()
+    kernels = filters.cpu().flatten(0, 1).flatten(1).double()  # Apple's MPS has no float64
     if len(kernels) < 2:
         return None
     centred = kernels - kernels.mean(0)

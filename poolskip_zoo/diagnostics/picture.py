@@ -126,7 +126,8 @@ def draw(folder: Path, diagnoses: Mapping[str, Diagnosis]) -> list[Path]:
             axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        figure.legend(loc="outside upper center")
+        for text in figure.legend(loc="outside upper center").get_texts():
+            text.set_parse_math(False)  # a path may have $ in it
         path = folder / f"{measure}.png"
         save_figure(figure, path)
         paths.append(path)

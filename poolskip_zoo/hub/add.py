@@ -47,6 +47,8 @@ def add_run(
             raise ValueError(f"{run} is no finished run: it has no {path.name}")
     metrics = _read(metrics_file)
     name = metrics["name"]
+    if name != Path(name).name:  # the folder of its card
+        raise ValueError(f"{metrics_file}: name {name!r} is no plain file name such as resnet20_cifar.c10")
     if (
         scores.get("name") not in (name, name.partition(".")[0], metrics["model"])
         or scores.get("dataset") != metrics["dataset"]

@@ -187,6 +187,8 @@ def _sum_batches(
         for images, labels in loader:
             with autocast():
                 logits = forward(images, labels)
+            if logits.device.type == "mps":  # it has no float64
+                logits, labels = logits.cpu(), labels.cpu()
             part = sums(logits.float(), labels)
             total = part if total is None else total + part
     if reduce is not None:

@@ -111,7 +111,7 @@ def draw_curves(path: Path, history: list[Row], title: str) -> None:
     # No scores where nothing is held out.
     panels = [each for each in panels if any(row.get(key) is not None for row in history for key in each[1])]
     figure = new_figure(3.7 * len(panels), 3.4)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a run may have $ in its name
     for axes, (name, keys, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.set(title=name, xlabel="epoch", ylabel=label)
         for key in keys:

@@ -54,8 +54,9 @@ class Classification(_Task):
 
     def make_model(self, trained: bool = False) -> nn.Module:
         """Make the model; for trained weights without those that it started from, which may have to be fetched."""
-        first = {"pretrained": False} if trained and "pretrained" in self.recipe.model_args else {}
-        return build.make_model(dataclasses.replace(self.recipe, model_args={**self.recipe.model_args, **first}))
+        first = ("pretrained", "checkpoint_path") if trained else ()
+        model_args = {key: value for key, value in self.recipe.model_args.items() if key not in first}
+        return build.make_model(dataclasses.replace(self.recipe, model_args=model_args))
 
     def check_output(self, model: nn.Module) -> None:
         """Refuse a model that does not take the recipe's images."""
