@@ -7,14 +7,16 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
+from torch.overrides import TorchFunctionMode
 
 from ..layers import functional
 from . import forms
-from .lower_pair import POOLS, UNPOOLS, Block, Pair, drop_unused_indices, from_pool, root, source, unpoolings
+from .lower_pair import POOLS, UNPOOLS, Block, Pair, drop_unused_indices, from_pool, root, source, spread, unpoolings
 from .targets import check_drop_in, check_mode, check_target
 
 __all__ = ["as_args", "blocks_of", "capture", "lower_program", "lower_unpooling", "returning_maps"]
@@ -131,7 +133,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = "auto
     # torch's unpooling refuses deterministic mode even where it is only recorded.
     torch.set_deterministic_debug_mode("default")
     try:
-        with functional.capture_stock(), torch.no_grad():
+        with functional.capture_stock(), _RowsForSequences(), torch.no_grad():
             return _functional(torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False))
     except (GuardOnDataDependentSymNode, UserError) as error:
         if "data-dependent" not in str(error) and not isinstance(error, GuardOnDataDependentSymNode):
@@ -142,6 +144,31 @@ def capture(model: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = "auto
         ) from error
     finally:
         torch.set_deterministic_debug_mode(mode)
+
+
+class _RowsForSequences(TorchFunctionMode):
+    """Pools a sequence as an image of one row: torch.export freezes the length in max_pool1d."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in (F.max_pool1d, torch.max_pool1d):
+            return func(*args, **(kwargs or {}))
+        return _pool_row(*args, **(kwargs or {}))
+
+
+def _pool_row(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor:
+    window, steps, pad, gaps = (spread(each, 1) for each in (kernel_size, stride, padding, dilation))
+    rows = ([1, *window], [1, *(steps or window)], [0, *pad], [1, *gaps])
+    return F.max_pool2d(input.unsqueeze(-2), *rows, ceil_mode=ceil_mode).squeeze(-2)
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:

@@ -144,10 +144,10 @@ class _Pooling:
         given.update(node.kwargs)
         axes = POOLS[node.target]
         self.node = node
-        self.window = _spread(kernel, axes)
-        self.stride = _spread(given["stride"], axes) or self.window
-        self.padding = _spread(given["padding"], axes) or [0] * axes
-        self.dilation = _spread(given["dilation"], axes) or [1] * axes
+        self.window = spread(kernel, axes)
+        self.stride = spread(given["stride"], axes) or self.window
+        self.padding = spread(given["padding"], axes) or [0] * axes
+        self.dilation = spread(given["dilation"], axes) or [1] * axes
         self.ceil_mode = bool(given["ceil_mode"])
         self.x = node.args[0]
         self.batched = _value(self.x).dim() == axes + 2
@@ -306,7 +306,7 @@ def drop_unused_indices(graph: Graph, pooling: Any) -> None:
         graph.erase_node(user)
 
 
-def _spread(size: Any, axes: int) -> list[int]:
+def spread(size: Any, axes: int) -> list[int]:
     if not size and not isinstance(size, int):
         return []
     size = [size] if isinstance(size, int) else list(size)

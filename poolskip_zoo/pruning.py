@@ -210,7 +210,10 @@ def _graph(model: nn.Module, probe: Tensor) -> Any:
 def _removable(
     graph: Any, root: nn.Module, idle: Mapping[nn.Module, set[int]]
 ) -> tuple[Any, dict[nn.Module, set[int]]]:
-    """Channels at which all that could write to them is idle: what removes them, and the writing convolutions' own."""
+    """Channels at which all that could write to them is idle: what removes them, and the writing convolutions' own.
+
+    What is refused here by its kind is what running the model would refuse, at the cost of a copy and two runs.
+    """
     from torch_pruning.ops import OPTYPE
 
     prune_out = graph.get_pruner_of_module(root).prune_out_channels

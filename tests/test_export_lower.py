@@ -54,6 +54,16 @@ def test_exports_again_with_open_sizes(dims):
         assert torch.equal(program.module()(x), model(x))
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"stride": 1, "padding": 1}, {"ceil_mode": True}, {"dilation": (2,)}], ids=str
+)
+def test_sequences_stay_open_where_a_pooling_has_no_unpooling(settings):
+    model = nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.MaxPool1d(3, **settings), PairNet(1)).eval()
+    lowered = lower_unpooling(model, torch.randn(2, 2, 40))
+    for x in (torch.randn(3, 2, 51), torch.randn(1, 2, 19), torch.randn(2, 2, 40)):
+        assert torch.equal(lowered(x), model(x))
+
+
 @pytest.mark.parametrize("lowering", ["keys", "scatter"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_unbatched(dims, lowering):

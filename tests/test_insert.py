@@ -202,6 +202,17 @@ def test_auto_takes_no_subnet_for_a_norm():
     assert len(add_pool_skip(nn.Sequential(*convs, nn.BatchNorm2d(4)))) == 1
 
 
+def test_a_convolution_that_returns_more_than_a_map_is_named():
+    class Counted(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x), x.shape[0]
+
+    net = nn.Sequential(Counted(3, 4, 3))
+    add_pool_skip(net, "0")
+    with pytest.raises(TypeError, match="Counted returns a tuple: Pool Skip can only follow what returns one tensor"):
+        net(torch.zeros(1, 3, 8, 8))
+
+
 def test_refuses_lazy_convolutions():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(8, 3), nn.BatchNorm2d(8))
     with pytest.raises(ValueError, match="module '1' is lazy and has no channels yet: run the model once first"):

@@ -63,9 +63,10 @@ def test_quantisation_that_replaces_modules_is_noticed():
     assert remove_pool_skip(model)(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
 
 
-def test_quantisation_of_a_convolution_with_bias_and_activation_cannot_be_noticed():
-    """Fused with its activation it is replaced without its hooks: Pool Skip is gone without an error, as documented."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU()).eval()
+@pytest.mark.parametrize("behind", [[nn.ReLU()], [nn.BatchNorm2d(8)], [nn.BatchNorm2d(8), nn.ReLU()]])
+def test_quantisation_of_a_convolution_with_bias_cannot_be_noticed(behind):
+    """Fused with what follows it is replaced without its hooks: Pool Skip is gone without an error, as documented."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), *behind).eval()
     plain, x = copy.deepcopy(model), torch.randn(IMAGE)
     add_pool_skip(model, ["1"])
     model = quantize_fx.prepare_fx(model, torch.ao.quantization.get_default_qconfig_mapping(), (x,))

@@ -11,6 +11,7 @@ from accelerate import cpu_offload
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, distributed, nn
+from torch.autograd.functional import hessian, jacobian
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
 from torch.func import functional_call, grad, jvp, vmap
@@ -18,6 +19,7 @@ from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from poolskip_zoo.layers import PoolSkip1d, PoolSkip2d, PoolSkip3d, lean, max_pool_unpool2d
+from poolskip_zoo.layers.functional import window_maxima
 from poolskip_zoo.layers.tokens import Grid, TokenPoolSkip2d
 
 POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
@@ -143,6 +145,29 @@ def test_saved_bytes(e, most, stock_bytes, width):
     grid.resize(32, width)
     tokens = TokenPoolSkip2d(8, grid, pool_size=e, groups=8)
     assert saved(tokens, x.detach().flatten(2).mT.contiguous().requires_grad_(), tokens) <= most
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("part", ["all", "frozen", "alone"])
+def test_several_gradients_at_once(dims, layout, part):
+    layer, x = LAYER[dims - 1](4), torch.randn(2, 4, *(9, 7, 5)[:dims])
+    x = (x.to(memory_format=LAST[x.dim()]) if layout == "channels_last" and dims > 1 else x).requires_grad_()
+    layer.requires_grad_(part == "all")
+    y = window_maxima(x, [2] * dims) if part == "alone" else layer(x)
+    inputs = [x, *(each for each in layer.parameters() if each.requires_grad)]
+    weights = torch.randn(3, *y.shape)
+    together = torch.autograd.grad(y, inputs, weights, is_grads_batched=True, retain_graph=True)
+    for place, each in enumerate(weights):
+        for one, other in zip(together, torch.autograd.grad(y, inputs, each, retain_graph=True), strict=True):
+            torch.testing.assert_close(one[place], other)
+
+
+def test_vectorised_jacobians_and_hessians():
+    layer, x = PoolSkip2d(2), torch.randn(1, 2, 4, 4)
+    orders = {jacobian: layer, hessian: lambda x: layer(x).square().sum()}
+    for order, function in orders.items():
+        torch.testing.assert_close(order(function, x, vectorize=True), order(function, x))
 
 
 def test_autocast_takes_the_types_of_the_stock_composition(lean_runs):

@@ -63,7 +63,8 @@ def max_pool_unpool2d(x: Tensor, pool_size: int | tuple[int, int]) -> Tensor:
     The paper's `MaxUnpool(MaxPool(x))` (Sun et al., arXiv 2409.13154, section 3), with `ceil_mode=True`, so that
     partial windows at the right and bottom edge keep their maximum too. Equal to the bit to `F.max_pool2d` and
     `F.max_unpool2d`, except while tracing, scripting or exporting: there non-finite values differ (a window that
-    holds NaN gives zeros or NaN, inf gives NaN beside itself), and zeros may have another sign.
+    holds NaN gives zeros or NaN, inf gives NaN beside itself), and zeros may have another sign; `torch.compile` may
+    keep another of several NaN.
 
     Args:
         x: floating-point tensor.
@@ -416,7 +417,8 @@ def pool_with_mask(x: Tensor, window: list[int], ceil_mode: bool) -> tuple[Tenso
     elif len(window) == 2:
         pooled = F.max_pool2d_with_indices(x, window, window, ceil_mode=ceil_mode)
     else:
-        pooled = F.max_pool3d_with_indices(x, window, window, ceil_mode=ceil_mode)
+        # In channels_last_3d torch gives a window of -inf alone an index of the first slice.
+        pooled = F.max_pool3d_with_indices(x.contiguous(), window, window, ceil_mode=ceil_mode)
     mask = torch.zeros(x.shape, dtype=torch.bool, device=x.device)
     # A scalar source: deterministic, unlike max_unpool.
     mask = mask.flatten(2).scatter(2, pooled[1].flatten(2), True).view(x.shape)

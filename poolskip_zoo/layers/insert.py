@@ -51,6 +51,8 @@ def _apply_pool_skip(self, input: tuple[Tensor], output: Tensor) -> Tensor:
             "this convolution had no bias when Pool Skip was added and has one now: folding BatchNorm into it moves "
             "the norm before Pool Skip and changes the model. Fold nothing, or remove_pool_skip(model) first"
         )
+    if isinstance(output, tuple):
+        raise TypeError(f"{type(self).__name__} returns a tuple: Pool Skip can only follow what returns one tensor")
     return self.pool_skip(output)
 
 

@@ -8,6 +8,7 @@ backward. Every backward is made of differentiable operations, so that second de
 (`trains_by_autograd`).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from . import kernels
-from .stock import is_channels_last, is_transformed, pool_with_indices, unpool
+from .stock import first_cells, is_batched_gradient, is_channels_last, is_transformed, pool_with_indices, unpool
 
 __all__ = ["add_conv_of_window_maxima", "convolves_plainly", "trains_by_autograd", "window_maxima_for_training"]
 
@@ -118,7 +119,7 @@ class _Pool(Function):
             values, offsets, u = kernels.load().pool(x, window, offset_type, fill)
         else:
             values, indices = pool_with_indices(x, window)
-            offsets = (indices - _first_cells(indices, window, x.shape[2:])).to(offset_type)
+            offsets = (indices - first_cells(indices, window, x.shape[2:])).to(offset_type)
         ctx.save_for_backward(offsets)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(each for each in (offsets, indices, u) if each is not None))
@@ -134,6 +135,8 @@ class _Pool(Function):
         if torch.is_grad_enabled():  # a second derivative will be asked for
             of_u = _Scatter.apply(of_values, offsets, ctx.window, ctx.size)
             return of_u if of_x is None else of_x + of_u, None, None, None
+        if is_batched_gradient(of_values) or is_batched_gradient(of_x):
+            ctx.shared.clear()  # a map that several gradients cannot be written over
         shared: tuple[Any, Any] = ctx.shared or (None, None)
         indices, u = shared
         ctx.shared.clear()
@@ -255,14 +258,14 @@ def _gather(u: Tensor, offsets: Tensor, window: list[int], indices: Tensor | Non
     if indices is None:
         indices = _to_indices(offsets, window, u.shape[2:])
     read = _cells(u, last).gather(-2 if last else -1, _cells(indices, last))
-    if last:
-        return read.unflatten(1, offsets.shape[2:]).movedim(-1, 1)
-    return read.view(offsets.shape)
+    batch, channels, *pooled = offsets.shape
+    return read.view(batch, *pooled, channels).movedim(-1, 1) if last else read.view(offsets.shape)
 
 
 def _cells(x: Tensor, last: bool) -> Tensor:
     """(N, C, cells), or where the channels come last in memory (N, cells, C)."""
-    return x.movedim(1, -1).flatten(1, -2) if last else x.flatten(2)
+    batch, channels, cells = *x.shape[:2], math.prod(x.shape[2:])  # no flatten, which batched gradients do not know
+    return x.movedim(1, -1).reshape(batch, cells, channels) if last else x.reshape(batch, channels, cells)
 
 
 def _offset_type(window: list[int], size: torch.Size) -> torch.dtype:
@@ -274,13 +277,4 @@ def _offset_type(window: list[int], size: torch.Size) -> torch.dtype:
 
 def _to_indices(offsets: Tensor, window: list[int], size: torch.Size) -> Tensor:
     # First the type, then the sum: an addition that does both is several times slower.
-    return offsets.long().add_(_first_cells(offsets, window, size))
-
-
-def _first_cells(like: Tensor, window: list[int], size: torch.Size) -> Tensor:
-    """Flat index of each window's first cell; division of int64 indices would cost more than all the rest."""
-    cells = torch.zeros((), dtype=torch.int64, device=like.device)
-    for axis, (e, length) in enumerate(zip(window, size, strict=True)):
-        steps = torch.arange(like.shape[axis + 2], device=like.device) * e
-        cells = cells.unsqueeze(-1) * length + steps
-    return cells
+    return offsets.long().add_(first_cells(offsets, window, size))

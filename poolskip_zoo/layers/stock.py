@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["is_channels_last", "is_traced_or_compiled", "is_transformed", "pool_with_indices", "unpool"]
+__all__ = [
+    "first_cells",
+    "is_batched_gradient",
+    "is_channels_last",
+    "is_traced_or_compiled",
+    "is_transformed",
+    "pool_with_indices",
+    "unpool",
+]
 
 
 def is_traced_or_compiled() -> bool:
@@ -30,6 +38,11 @@ def is_transformed() -> bool:
     return torch.autograd.forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() > 0
 
 
+def is_batched_gradient(x: Tensor | None) -> bool:
+    """Whether a backward gets several gradients at once (`is_grads_batched`), whose tensors know few operators."""
+    return x is not None and torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 def pool_with_indices(x: Tensor, window: list[int]) -> tuple[Tensor, Tensor]:
     """Max pooling in ceil mode that returns flat indices, as `F.max_pool1d/2d/3d`.
 
@@ -50,11 +63,14 @@ def pool_with_indices(x: Tensor, window: list[int]) -> tuple[Tensor, Tensor]:
     if dims == 1:
         return F.max_pool1d_with_indices(x, window, window, ceil_mode=True)
     pool = F.max_pool2d_with_indices if dims == 2 else F.max_pool3d_with_indices
-    if is_traced_or_compiled() or x.device.type != "cpu" or not x.is_contiguous() or x.shape[1] == 1:
+    if is_traced_or_compiled() or x.device.type != "cpu":
         return pool(x, window, window, ceil_mode=True)
-    by_channel = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    values, indices = pool(by_channel, window, window, ceil_mode=True)
-    return values.contiguous(), indices.contiguous()
+    moved = x.is_contiguous() and x.shape[1] > 1
+    values, indices = pool(x.movedim(1, -1).contiguous().movedim(-1, 1) if moved else x, window, window, ceil_mode=True)
+    if dims == 3 and is_channels_last(values):
+        # torch gives a window of -inf alone an index of the first slice in this layout.
+        indices = torch.where(values == -math.inf, first_cells(indices, window, x.shape[2:]), indices)
+    return (values.contiguous(), indices.contiguous()) if moved else (values, indices)
 
 
 def unpool(values: Tensor, indices: Tensor, window: list[int], size: torch.Size) -> Tensor:
@@ -77,7 +93,8 @@ def unpool(values: Tensor, indices: Tensor, window: list[int], size: torch.Size)
         # On a CPU autocast would return float32, only for the convolution that follows to cast it back.
         with torch.autocast(device, enabled=False):
             return unpool(values, indices, window, size)
-    if device == "cpu" and values.is_contiguous() and not torch.is_grad_enabled() and not is_transformed():
+    plain = not (torch.is_grad_enabled() or is_transformed() or is_batched_gradient(values))
+    if plain and device == "cpu" and values.is_contiguous():
         # 1.5 to 2.5 times as fast in this layout (docs/performance.md).
         flat = values.new_zeros((*values.shape[:2], math.prod(size))).scatter_(2, indices.flatten(2), values.flatten(2))
         return flat.view(*values.shape[:2], *size)
@@ -90,6 +107,24 @@ def unpool(values: Tensor, indices: Tensor, window: list[int], size: torch.Size)
     if is_channels_last(values):
         u = u.movedim(1, -1).contiguous().movedim(-1, 1)
     return u
+
+
+def first_cells(like: Tensor, window: list[int], size: torch.Size) -> Tensor:
+    """Flat index of each window's first cell; division of int64 indices would cost more than all the rest.
+
+    Args:
+        like: (N, C, *pooled).
+        window: window size along each of one to three spatial axes.
+        size: spatial size of the map.
+
+    Returns:
+        (*pooled) int64.
+    """
+    cells = torch.zeros((), dtype=torch.int64, device=like.device)
+    for axis, (e, length) in enumerate(zip(window, size, strict=True)):
+        steps = torch.arange(like.shape[axis + 2], device=like.device) * e
+        cells = cells.unsqueeze(-1) * length + steps
+    return cells
 
 
 def is_channels_last(x: Tensor) -> bool:
