@@ -64,20 +64,9 @@ def lower_for(
     lowering: str | None = None,
     dynamic: Sequence[str] = (),
 ) -> Lowered:
-    """Lower a model at the sizes of its example, or at open ones of at most these.
+    """Lower a model at the sizes of its example or, on the axes of `dynamic`, at open ones of at most these.
 
-    Args:
-        model: a module in evaluation mode.
-        example: its positional arguments, a tensor or a tuple.
-        target: one of `TARGETS`.
-        lowering: as for `lower_unpooling`.
-        dynamic: names of the open axes.
-
-    Returns:
-        The module and what was done.
-
-    Raises:
-        ValueError: if an option is unknown, an unpooling cannot be lowered, or the model cannot have the open axes.
+    Raises ValueError if an option is unknown, an unpooling cannot be lowered, or the model cannot have the open axes.
     """
     check_target(target, lowering, onnx=False)
     check_drop_in(model, target, lowering)
@@ -95,13 +84,9 @@ def lower_for(
 
 
 def unpooled_shapes(program: ExportedProgram) -> list[tuple[list[int | None], list[int]]]:
-    """Shapes of the maps that unpoolings return.
+    """Shapes of the maps that the different unpoolings of a program, not yet lowered, return, in the graph's order.
 
-    Args:
-        program: a captured program, not lowered.
-
-    Returns:
-        One shape per different unpooling, in the graph's order, with None for open sizes, and its sizes as captured.
+    Each is a shape with None for open sizes, and the sizes as captured.
     """
     found = [node.meta["val"].shape for node in unpoolings(program.graph)]
     return [
@@ -162,14 +147,7 @@ def write_converted(
 
 
 def of_maps(dynamic: Sequence[str]) -> tuple[str, ...]:
-    """Open axes of the maps that are unpooled: a sequence is a map one cell wide.
-
-    Args:
-        dynamic: names of the open axes of a model.
-
-    Returns:
-        Names of axes.
-    """
+    """Open axes of the maps that are unpooled, for those of a model: a sequence is a map one cell wide."""
     return tuple("height" if name == "length" else name for name in dynamic)
 
 

@@ -40,14 +40,7 @@ _ODD_SIZES = ((47, 33), (17, 18))
 
 
 def axes_of(value: Tensor) -> dict[int, str]:
-    """Names of the axes that may be open.
-
-    Args:
-        value: an argument of a model.
-
-    Returns:
-        Axis to name: `batch`, and `length`, `height`, `width` or `depth` by rank.
-    """
+    """Axes of an argument that may be open, to names: `batch`, and `length`, `height`, `width` or `depth` by rank."""
     if not 3 <= value.dim() <= 5:
         return {0: "batch"} if value.dim() else {}
     return {0: "batch", **{i + 2: name for i, name in enumerate(_AXES[value.dim() - 2])}}
@@ -88,49 +81,23 @@ def check_arguments(model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[s
 
 
 def shapes_of(args: tuple[Any, ...], dynamic: Sequence[str]) -> tuple[Any, ...]:
-    """`dynamic_shapes` of `torch.export.export`.
-
-    Args:
-        args: a model's arguments.
-        dynamic: names of the open axes.
-
-    Returns:
-        One entry per argument.
-    """
+    """`dynamic_shapes` of `torch.export.export` for the named open axes, one entry per argument."""
     return tuple(
         dict.fromkeys((axis for axis, name in axes_of(value).items() if name in dynamic), Dim.AUTO) for value in args
     )
 
 
 def random_like(value: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """An argument of another shape.
-
-    Args:
-        value: an argument of a model.
-        shape: the shape.
-        generator: source of random numbers.
-
-    Returns:
-        Random numbers; of integers and truth values some of the argument's own, for others may mean nothing.
-    """
+    """Random numbers of another shape; of integers and truth values some of the argument's: others may mean nothing."""
     if value.is_floating_point():
         return torch.randn(shape, generator=generator).to(value.dtype)
     return value.flatten()[torch.randint(value.numel(), tuple(shape), generator=generator)]
 
 
 def run_at(model: nn.Module, inputs: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Run a model at several sizes.
+    """Run a model at several sizes, and return the inputs.
 
-    Args:
-        model: a module in evaluation mode.
-        inputs: its arguments.
-
-    Returns:
-        The inputs.
-
-    Raises:
-        RuntimeError: with what the model says of a size that it does not take, by whatever error.
-        ValueError: if it returns other things than tensors and None.
+    Raises RuntimeError for whatever the model raises at a size, ValueError for outputs other than tensors and None.
     """
     for args in inputs:
         try:
@@ -148,14 +115,7 @@ def run_at(model: nn.Module, inputs: list[tuple[Any, ...]]) -> list[tuple[Any, .
 
 
 def with_random(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """The example, and other values of the same shapes.
-
-    Args:
-        args: a model's arguments.
-
-    Returns:
-        Two tuples of arguments.
-    """
+    """Two tuples of arguments: the given ones, and random values of the same shapes."""
     generator = torch.Generator().manual_seed(1)
     return [args, tuple(random_like(each, each.shape, generator) for each in args)]
 
@@ -163,12 +123,7 @@ def with_random(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 def open_inputs(args: tuple[Any, ...], dynamic: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
     """Lists of arguments, those to capture with first, then some of other sizes of the open axes and the example.
 
-    Args:
-        args: a model's arguments.
-        dynamic: names of the open axes.
-
-    Yields:
-        One list where no spatial axis is open; else one of odd sizes, then one of multiples of 32.
+    There is one list where no spatial axis is open; else one of odd sizes, then one of multiples of 32.
     """
     batches = (2, 1, 3, 1) if "batch" in dynamic else (0,) * 4
     if any(name != "batch" for name in dynamic):
@@ -181,15 +136,7 @@ def open_inputs(args: tuple[Any, ...], dynamic: Sequence[str]) -> Iterator[list[
 
 
 def odd_inputs(args: tuple[Any, ...], dynamic: Sequence[str]) -> list[tuple[Any, ...]]:
-    """Arguments of sizes that a model need not take.
-
-    Args:
-        args: a model's arguments.
-        dynamic: names of the open axes.
-
-    Returns:
-        Some small ones; none where no spatial axis is open.
-    """
+    """Small arguments of sizes that a model need not take; none where no spatial axis is open."""
     if all(name == "batch" for name in dynamic):
         return []
     return [_resized(args, dynamic, 1 if "batch" in dynamic else 0, sizes) for sizes in _ODD_SIZES]
@@ -210,17 +157,9 @@ def _resized(args: tuple[Any, ...], dynamic: Sequence[str], batch: int, sizes: S
 
 
 def bounded(args: tuple[Any, ...], dynamic: Sequence[str]) -> tuple[Any, ...] | None:
-    """`dynamic_shapes` of `torch.export.export`, with the sizes of the arguments as the largest.
+    """`dynamic_shapes` of `torch.export.export`, with the arguments' sizes as the largest; None where no axis is open.
 
-    Args:
-        args: a model's arguments.
-        dynamic: names of the open axes.
-
-    Returns:
-        One entry per argument; None where no axis is open.
-
-    Raises:
-        ValueError: if axes are open and torch is older than 2.7.
+    Raises ValueError if axes are open and torch is older than 2.7.
     """
     if not dynamic:
         return None
@@ -233,16 +172,9 @@ def bounded(args: tuple[Any, ...], dynamic: Sequence[str]) -> tuple[Any, ...] | 
 
 
 def parted(args: tuple[Any, ...], dynamic: Sequence[str], part: int, step: int) -> tuple[Any, ...]:
-    """Smaller arguments.
+    """Random arguments of a part of the open axes' sizes: 2 for halves, 4 for quarters and one image.
 
-    Args:
-        args: a model's arguments.
-        dynamic: names of the open axes.
-        part: 2 for halves, 4 for quarters and one image.
-        step: what the spatial sizes are multiples of; odd ones with 1.
-
-    Returns:
-        Random numbers of that part of the sizes of the open axes.
+    Spatial sizes are multiples of `step`, odd ones with 1, and never larger than the given ones.
     """
     generator, result = torch.Generator().manual_seed(part), []
     for value in args:
@@ -262,19 +194,9 @@ def first_fit(
     fit: Callable[[list[tuple[Any, ...]]], _T],
     way_out: str = "",
 ) -> _T:
-    """What a function gives for the first list of arguments that it takes.
+    """What `fit` returns for the first list of arguments that it takes.
 
-    Args:
-        choices: lists of a model's arguments.
-        dynamic: names of the open axes.
-        fit: the function.
-        way_out: what else to do where it takes none, for the message.
-
-    Returns:
-        Its result.
-
-    Raises:
-        ValueError: if it takes none, with what it says of the last.
+    Raises ValueError if it takes none, with what it says of the last, and `way_out`: what else to do.
     """
     failure: Exception | None = None
     for inputs in choices:
@@ -294,15 +216,7 @@ def first_fit(
 
 
 def taken_of(model: nn.Module, choices: Sequence[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """Those arguments at which a model runs.
-
-    Args:
-        model: a module in evaluation mode.
-        choices: several of its arguments.
-
-    Yields:
-        Some of them.
-    """
+    """Those of the arguments at which a model runs."""
     for args in choices:
         try:
             run_at(model, [args])

@@ -91,14 +91,7 @@ def blocks_of(lowered: GraphModule) -> tuple[Block, ...]:
 
 
 def as_args(example: Tensor | Sequence[Any]) -> tuple[Any, ...]:
-    """Positional arguments of a model.
-
-    Args:
-        example: one tensor, or all arguments.
-
-    Returns:
-        A tuple, without gradients.
-    """
+    """Positional arguments of a model, of one tensor or of all arguments: a tuple, without gradients."""
     args = (example,) if isinstance(example, Tensor) else tuple(example)
     return tuple(each.detach() if isinstance(each, Tensor) else each for each in args)
 
@@ -249,16 +242,9 @@ def lower_program(
 def returning_maps(
     module: GraphModule, masked: Collection[Any], blocks: list[dict[str, Any]]
 ) -> tuple[GraphModule, list[int]]:
-    """Make a lowered module return the maps that its unpoolings by a mask read, in place of its outputs.
+    """Copy of a lowered module that returns the maps that its unpoolings by a mask (calls of `masked`) read.
 
-    Args:
-        module: the module; a copy is changed.
-        masked: what is called for the unpoolings by a mask.
-        blocks: record of each unpooling.
-
-    Returns:
-        The copy, and the places of these unpoolings among the blocks; a map that is an input of the model is left out,
-        for it is the same everywhere.
+    With it come their places among the blocks; a map that is an input of the model, the same everywhere, is left out.
     """
     module = copy.deepcopy(module)
     places = [place for place, block in enumerate(blocks) if block["lowering"] != "scatter"]

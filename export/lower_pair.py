@@ -83,14 +83,7 @@ class Block:
 
 
 def unpoolings(graph: Graph) -> dict[Node, list[Node]]:
-    """The different unpoolings of a graph.
-
-    Args:
-        graph: a captured program's.
-
-    Returns:
-        Each, in the graph's order, with the later ones that put the same values at the same indices.
-    """
+    """The different unpoolings of a graph, in its order, each with the later ones of the same values and indices."""
     found: dict[Any, list[Node]] = {}
     for node in graph.nodes:
         if node.target in UNPOOLS:
@@ -101,28 +94,14 @@ def unpoolings(graph: Graph) -> dict[Node, list[Node]]:
 
 
 def root(node: Any) -> Any:
-    """The value that some nodes hand on unchanged.
-
-    Args:
-        node: a node.
-
-    Returns:
-        The node that made it.
-    """
+    """The node that made a value, behind those that hand it on unchanged."""
     while node.target in _THROUGH:
         node = node.args[0]
     return node
 
 
 def from_pool(node: Any) -> bool:
-    """Whether a value is a pooling's.
-
-    Args:
-        node: a node.
-
-    Returns:
-        True for its maxima and its indices.
-    """
+    """Whether a value is a pooling's: its maxima or its indices."""
     return node.target is operator.getitem and node.args[0].target in POOLS
 
 
@@ -178,11 +157,7 @@ class Pair:
         self.pooling = _Pooling(self.indices.args[0]) if from_pool(self.indices) else None
 
     def check_indices(self) -> None:
-        """Refuse indices that are made elsewhere, leave the model or are computed with.
-
-        Raises:
-            ValueError: naming the node, the line of the model's code, and the way out.
-        """
+        """Raise ValueError, naming the node, if indices are made elsewhere, leave the model or are computed with."""
         way_out = "; lowering='scatter' keeps the index tensor"
         if self.pooling is None:
             raise ValueError(
@@ -219,15 +194,7 @@ class Pair:
         return None
 
     def block(self, lowering: str, reason: str | None) -> Block:
-        """Record what became of it.
-
-        Args:
-            lowering: form that was written.
-            reason: why not the one asked for, or None.
-
-        Returns:
-            The record.
-        """
+        """Record the form that was written, and why not the one asked for, or None."""
         window, ceil_mode = (tuple(self.pooling.window), self.pooling.ceil_mode) if self.pooling else ((), False)
         return Block(self.unpooling.name, source(self.unpooling), lowering, window, ceil_mode, self._own(), reason)
 
@@ -237,12 +204,7 @@ class Pair:
         return self.pooling is not None and from_pool(values) and values.args == (self.pooling.node, 0)
 
     def write(self, graph: Graph, form: Callable[..., Tensor]) -> None:
-        """Call a form on batched maps of two or three axes in place of the unpooling.
-
-        Args:
-            graph: that of the pair.
-            form: takes the arguments of `forms.keys`.
-        """
+        """Call a form, of the arguments of `forms.keys`, on batched maps of two or three axes for the unpooling."""
         pooling = self.pooling
         assert pooling is not None
         window = [*pooling.window, *[1] * (self.dims - len(pooling.window))]
@@ -251,12 +213,7 @@ class Pair:
         self._exchange(graph, form, (self.unpooling.args[0], x), rest, pooling.batched)
 
     def scatter(self, graph: Graph, form: Callable[..., Tensor]) -> None:
-        """Call the form of the index tensor on a batched map in place of the unpooling.
-
-        Args:
-            graph: that of the pair.
-            form: takes the arguments of `forms.scatter`.
-        """
+        """Call a form, of the arguments of `forms.scatter`, on a batched map for the unpooling."""
         values, indices, size = self.unpooling.args[:3]
         self._exchange(graph, form, (values, indices), (size,), _value(values).dim() == self.dims + 2)
 
@@ -284,12 +241,7 @@ def _lifted(graph: Graph, pooling: _Pooling) -> Node:
 
 
 def drop_unused_indices(graph: Graph, pooling: Any) -> None:
-    """Pool without indices where nothing uses them any more.
-
-    Args:
-        graph: that of the pooling.
-        pooling: its node.
-    """
+    """Pool without indices where nothing uses them any more."""
     read = _Pooling(pooling)
     if read.misfit() or any(user.args[1] != 0 for user in pooling.users):
         return
@@ -329,14 +281,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def source(node: Any) -> str:
-    """Where a node comes from.
-
-    Args:
-        node: a node.
-
-    Returns:
-        File, line and text of the innermost frame that is not torch's or this package's.
-    """
+    """File, line and text of the innermost frame of a node's stack trace that is not torch's or this package's."""
     frames = [frame.strip() for frame in (node.meta.get("stack_trace") or "").split('File "') if frame.strip()]
     own = [f for f in frames if "/torch/" not in f.split('"')[0] and _LAYERS not in f.split('"')[0]]
     if not own:

@@ -94,14 +94,7 @@ class Translation:
 
 
 def translations(made: list[Translation]) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Table for `torch.onnx.export`.
-
-    Args:
-        made: receives one record per unpooling, in the graph's order.
-
-    Returns:
-        Operator to function.
-    """
+    """Operators to functions, for `torch.onnx.export`; `made` receives a record per unpooling, in the graph's order."""
 
     def of_pair(lowering: str) -> Callable[..., Any]:
         def translate(values, x, window, ceil_mode, own):
@@ -130,16 +123,7 @@ def _kept(value: Any) -> Any:
 
 
 def constant(op: Any, value: Any, dtype: Any = np.int64) -> Any:
-    """Write a constant.
-
-    Args:
-        op: makes nodes.
-        value: what NumPy takes for an array.
-        dtype: its type.
-
-    Returns:
-        The ONNX value.
-    """
+    """Write a constant, of what NumPy takes for an array."""
     from onnx import numpy_helper
 
     return op.Constant(value=numpy_helper.from_array(np.asarray(value, dtype)))

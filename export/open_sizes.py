@@ -33,19 +33,9 @@ __all__ = ["capture_bounded", "capture_open", "unguarded"]
 def capture_open(
     model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[str], guarded: bool = False
 ) -> tuple[list[tuple[Any, ...]], ExportedProgram]:
-    """Capture a model with the asked axes open.
+    """Capture a model with the asked axes open: arguments of several sizes, and the program captured with the first.
 
-    Args:
-        model: a module in evaluation mode.
-        args: its arguments.
-        dynamic: names of the open axes.
-        guarded: leave it to torch's checks in the program to refuse sizes at which the model takes another path.
-
-    Returns:
-        Arguments of several sizes, the program captured with the first of them.
-
-    Raises:
-        ValueError: if the model cannot have these axes.
+    `guarded` leaves sizes of another path to torch's checks in the program. Raises ValueError if axes cannot be open.
     """
     return _first_captured(
         model,
@@ -60,18 +50,9 @@ def capture_open(
 def capture_bounded(
     model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[str]
 ) -> tuple[list[tuple[Any, ...]], ExportedProgram]:
-    """Capture a model with the asked axes open up to the sizes of its arguments.
+    """Capture a model with the asked axes open up to its arguments' sizes.
 
-    Args:
-        model: a module in evaluation mode.
-        args: its arguments, of the largest sizes.
-        dynamic: names of the open axes.
-
-    Returns:
-        The arguments and smaller ones, the program captured with the first of them.
-
-    Raises:
-        ValueError: if the model cannot have these axes.
+    Returns these and smaller arguments, and the program captured with the first; ValueError if axes cannot be open.
     """
     sizes = [(name, value.shape[axis]) for value in args for axis, name in axes_of(value).items() if name in dynamic]
     for name, size in sizes:
@@ -135,13 +116,9 @@ def _apart(
 
 
 def unguarded(module: nn.Module) -> GraphModule:
-    """Take torch.export's checks of sizes out of a program's module: they refuse maps of one cell, and do not trace.
+    """Take torch.export's checks of sizes out of a program's module, in place.
 
-    Args:
-        module: a program's module; changed in place.
-
-    Returns:
-        The module.
+    They refuse maps of one cell, and do not trace.
     """
     assert isinstance(module, GraphModule)
     for node in module.graph.nodes:

@@ -34,21 +34,9 @@ class Seen:
 def cut(
     graph: ir.Graph, inputs: list[Any], outputs: list[Any], seen: dict[str, Seen], file: Any, whole: bool = False
 ) -> tuple[Any, list[str]]:
-    """A model of the nodes between some values.
+    """Cut the nodes between some values out of `file` (the `onnx.ModelProto`), as a model.
 
-    Args:
-        graph: the graph.
-        inputs: where it starts.
-        outputs: where it ends.
-        seen: values by name.
-        file: the `onnx.ModelProto` that is cut.
-        whole: whether sizes, too, come from the inputs alone.
-
-    Returns:
-        The model, and the names of further inputs, of which only the sizes matter.
-
-    Raises:
-        LookupError: if the outputs depend on other values.
+    With it come the names of further inputs, of which only the sizes matter: none if `whole`. LookupError as `region`.
     """
     from onnx import helper
 
@@ -73,15 +61,9 @@ def cut(
 
 
 def cases(ends: list[Any], seen: dict[str, Seen], sizes: list[str]) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Inputs to compare a block on.
+    """Named inputs to compare a block on: random values, ties and rectified values, in each shape that was seen.
 
-    Args:
-        ends: where the block starts: the map that is pooled, and the values where they are others.
-        seen: values by name.
-        sizes: the names of the further inputs.
-
-    Yields:
-        A name, and the arrays.
+    `ends` are the map that is pooled and, where they are others, the values; `sizes` names the further inputs.
     """
     generator = np.random.default_rng(0)
     pooled, *others = (seen[value.name] for value in ends)
@@ -129,14 +111,7 @@ def region(outputs: list[Any], stops: set[Any], whole: bool = False) -> tuple[se
 
 
 def inside(node: ir.Node) -> list[ir.Node]:
-    """Nodes of the graphs that an If, Loop or Scan holds.
-
-    Args:
-        node: any node.
-
-    Returns:
-        Those nodes, of all depths.
-    """
+    """Nodes of the graphs that an If, Loop or Scan holds, of all depths."""
     return [each for graph in _graphs(node) for inner in graph for each in (inner, *inside(inner))]
 
 

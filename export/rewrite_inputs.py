@@ -12,28 +12,12 @@ __all__ = ["check_size", "made_up", "open_axes"]
 
 
 def open_axes(value: Any) -> set[int]:
-    """Axes of an input that have no fixed size.
-
-    Args:
-        value: the `onnx.ValueInfoProto`.
-
-    Returns:
-        Their numbers; 0 is the batch.
-    """
+    """Axes of an input (an `onnx.ValueInfoProto`) that have no fixed size; 0 is the batch."""
     return {i for i, dim in enumerate(value.type.tensor_type.shape.dim) if not dim.dim_value}
 
 
 def check_size(inputs: Sequence[Any], size: Sequence[int], file: str) -> None:
-    """Refuse sizes that are not one for each open axis.
-
-    Args:
-        inputs: the file's inputs.
-        size: the sizes asked for.
-        file: its name, for the message.
-
-    Raises:
-        ValueError: naming the input and its axes.
-    """
+    """Raise ValueError if sizes are not one, of at least 1, for each axis after the batch that is left open."""
     dims = {
         each.name: [dim.dim_value or dim.dim_param or "?" for dim in each.type.tensor_type.shape.dim] for each in inputs
     }
@@ -51,14 +35,9 @@ def check_size(inputs: Sequence[Any], size: Sequence[int], file: str) -> None:
 
 
 def made_up(inputs: Sequence[Any], size: Sequence[int] | None) -> Iterator[list[list[np.ndarray]]]:
-    """Lists of inputs, each of several batches where that is open.
+    """Lists of inputs, each of several batches where that is open: of odd sizes, then of multiples of 32.
 
-    Args:
-        inputs: the file's inputs.
-        size: sizes of the open axes after the batch, or None for several.
-
-    Yields:
-        Inputs of odd sizes, then of multiples of 32; one list alone where no size is open or one is asked for.
+    There is one list where no size is open, or `size` gives those of the open axes after the batch.
     """
     several = size is None and any(open_axes(value) - {0} for value in inputs)
     batches = (2, 1, 3) if several or any(0 in open_axes(value) for value in inputs) else (1,)

@@ -80,14 +80,7 @@ class Unpooling:
         return [self.x, self.pooling.outputs[0], *self.inputs, *outputs, *sizes]
 
     def ceil_mode(self, seen: dict[str, Seen]) -> bool:
-        """Whether partial windows at the far edges count, be it by padding.
-
-        Args:
-            seen: values by name.
-
-        Returns:
-            True or False.
-        """
+        """Whether partial windows at the far edges count, be it by padding."""
         whole, part = self._counts(seen)
         attributes = self.pooling.attributes
         padded = _text(attributes.get("auto_pad")) == "SAME_UPPER" or any(_ints(attributes.get("pads")))
@@ -145,19 +138,9 @@ class Unpooling:
     def prove(
         self, graph: ir.Graph, seen: dict[str, Seen], start: Callable[[Any], Run], file: Any
     ) -> tuple[Any, list[str]]:
-        """Choose ends between which the graph puts values where the pooling's indices say.
+        """Choose ends between which the graph puts values where the pooling's indices say; Unlike if there are none.
 
-        Args:
-            graph: the graph.
-            seen: values by name.
-            start: loads a model of the original's nodes.
-            file: the `onnx.ModelProto`.
-
-        Returns:
-            The model between these ends, whose first output is the unpooled map, and the names of its further inputs.
-
-        Raises:
-            Unlike: if there are none.
+        Returns the model between them, its first output the unpooled map, and the names of its further inputs.
         """
         for ends in self._ends(seen):
             self.values, self.values_last, self.output, self.output_last = ends
@@ -246,14 +229,7 @@ def _check_inside(node: ir.Node, lenient: bool) -> None:
 
 
 def named(node: Any) -> str:
-    """A node in words.
-
-    Args:
-        node: the node.
-
-    Returns:
-        Its name (its output's where it has none) and operator.
-    """
+    """A node in words: its name (its output's where it has none) and operator."""
     return f"node {node.name or node.outputs[0].name!r} ({node.op_type})"
 
 

@@ -46,15 +46,7 @@ class Target:
     writer: str | None = None
 
     def choose(self, window: list[int], lowering: str | None = None) -> str:
-        """Lowering of one pooling.
-
-        Args:
-            window: its window.
-            lowering: overrides the target's own.
-
-        Returns:
-            One of `LOWERINGS`.
-        """
+        """Lowering of a pooling of this window; one that is given overrides the target's own."""
         return lowering or (self.lowering if math.prod(window) <= 4 else self.large)
 
 
@@ -74,19 +66,9 @@ TARGETS = {
 
 
 def check_target(target: str, lowering: str | None = None, onnx: bool = True) -> Target:
-    """Look a target up.
+    """Look up one of `TARGETS`; `onnx`: it is to be given an ONNX file.
 
-    Args:
-        target: one of `TARGETS`.
-        lowering: one of `LOWERINGS` or None.
-        onnx: whether it is to be given an ONNX file.
-
-    Returns:
-        The target.
-
-    Raises:
-        ValueError: if either is unknown, the target takes no ONNX files and is to be given one, or a target without
-            MaxUnpool is to take it.
+    Raises ValueError if it or the lowering is unknown, or it takes no ONNX file or no MaxUnpool where that is wanted.
     """
     if target not in TARGETS:
         raise ValueError(f"target={target!r}: expected one of {', '.join(TARGETS)}")
@@ -132,44 +114,20 @@ def check_output(path: str | Path, *suffixes: str) -> Path:
 
 
 def check_fixed(target: str, dynamic: Sequence[str]) -> None:
-    """Refuse open sizes for a target that has none.
-
-    Args:
-        target: one of `TARGETS`.
-        dynamic: names of axes.
-
-    Raises:
-        ValueError: naming the option.
-    """
+    """Raise ValueError if sizes are to be open and the target has none."""
     if dynamic and not check_target(target, onnx=False).dynamic:
         raise ValueError(f"dynamic={tuple(dynamic)!r}: {target} takes fixed sizes alone; pass dynamic=()")
 
 
 def check_mode(model: nn.Module) -> None:
-    """Refuse a model that trains: to run it would change its running statistics.
-
-    Args:
-        model: the module.
-
-    Raises:
-        ValueError: if it or a module in it is in training mode.
-    """
+    """Raise ValueError if any module is in training mode: to run the model would change its running statistics."""
     for name, module in model.named_modules():
         if module.training:
             raise ValueError(f"{name or 'the model'} is in training mode: call model.eval() first")
 
 
 def check_drop_in(model: nn.Module, target: str, lowering: str | None) -> None:
-    """Refuse this package's own pooling pair where another form than the keys is wanted: it is captured as keys.
-
-    Args:
-        model: the module.
-        target: one of `TARGETS`.
-        lowering: one of `LOWERINGS` or None.
-
-    Raises:
-        ValueError: naming the module and torch's, which takes every form.
-    """
+    """Raise ValueError if this package's own pooling pair, which is captured as keys, is to have another form."""
     for name, module in model.named_modules():
         if isinstance(module, unpool.MaxPoolNd):
             form = check_target(target, lowering, onnx=False).choose(module.window, lowering)

@@ -108,11 +108,7 @@ def _decomposed(lowered: Lowered) -> Any:
 
 
 def _read_sizes(program: Any) -> None:
-    """Read open sizes off the maps in place of computing them: the converter divides sizes in floating point.
-
-    Args:
-        program: an exported program; changed in place.
-    """
+    """Read open sizes off the maps in place of computing them: the converter divides sizes in floating point."""
     known: dict[str, tuple[Any, int]] = {}
     for node in program.graph.nodes:
         value = node.meta.get("val")

@@ -128,20 +128,9 @@ def _check_types(program: Any, half: bool) -> None:
 def compared(
     run: verify.Run, model: nn.Module, reference: nn.Module, inputs: list[tuple[Any, ...]], path: Path
 ) -> dict[str, Any]:
-    """Compare outputs with eager mode's.
+    """Compare a file's outputs with those of `model`: the reference, or its float16 copy, which the file was made of.
 
-    Args:
-        run: the file.
-        model: what it was made of: the model, or its float16 copy.
-        reference: the model.
-        inputs: arguments.
-        path: the file, for the message.
-
-    Returns:
-        `outputs`, and of float16 `beside_float32`: for the user to judge, for rounding flips near-ties by itself.
-
-    Raises:
-        RuntimeError: as `check_outputs`, and if float16 overflows.
+    Of float16 `beside_float32` is for the user to judge: rounding flips near-ties. RuntimeError also if it overflows.
     """
     half = model is not reference
     result = {"outputs": verify.check_outputs(run, model, inputs, half)}

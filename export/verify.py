@@ -87,14 +87,7 @@ def runner(model: str | Path | bytes, runtime: str) -> Run:
 
 
 def in_torch(module: Callable[..., Any]) -> Run:
-    """PyTorch as a runtime.
-
-    Args:
-        module: what is run.
-
-    Returns:
-        A function from input arrays to output arrays.
-    """
+    """PyTorch as a runtime: a function from input arrays to output arrays."""
 
     def run(arrays: Sequence[Any]) -> list[Any]:
         with torch.no_grad():
@@ -105,14 +98,7 @@ def in_torch(module: Callable[..., Any]) -> Run:
 
 
 def first_line(error: BaseException | None) -> str:
-    """What an exception says, in one line.
-
-    Args:
-        error: the exception.
-
-    Returns:
-        Its first line, or its type where it says nothing, as a bare assert does; of TorchScript's interpreter the last.
-    """
+    """First line of an exception, or its type where it says nothing; of TorchScript's interpreter the last."""
     first, *others = (str(error).strip() or type(error).__name__).splitlines()
     return others[-1] if others and "failed in the TorchScript interpreter" in first else first
 
@@ -127,14 +113,7 @@ def _providers(runtime: str) -> list[str]:
 
 
 def checked_in(runtime: str) -> str:
-    """Where a file is really run.
-
-    Args:
-        runtime: `onnxruntime`, `onnxruntime-cuda` or `openvino`.
-
-    Returns:
-        Name and device, such as `onnxruntime CPUExecutionProvider` on a machine without a GPU.
-    """
+    """Where a file is really run, name and device: `onnxruntime CPUExecutionProvider` on a machine without a GPU."""
     return "openvino CPU" if runtime == "openvino" else f"onnxruntime {_providers(runtime)[0]}"
 
 
@@ -193,12 +172,7 @@ def check_outputs(run: Run, reference: Callable[..., Any], inputs: list[tuple[An
 def relative_error(got: Tensor, target: Tensor) -> float:
     """Largest difference relative to the largest finite number; of integers and truth values the share that differs.
 
-    Args:
-        got: what was computed.
-        target: what should have been, of the same shape.
-
-    Returns:
-        The error: 0 where infinities and NaN are equal too, infinite where only one side has them.
+    It is 0 where infinities and NaN are equal too, infinite where only one side has them.
     """
     different = (got != target) & ~(got.isnan() & target.isnan())
     if not different.any():
@@ -218,15 +192,9 @@ def _classes(output: Tensor) -> Tensor:
 
 
 def judge(outputs: dict[str, Any], path: Path, reference: str = "eager mode") -> None:
-    """Refuse a file that differs from a reference by more than flipped near-ties explain.
+    """Raise RuntimeError if a file differs from `reference` (for the message) by more than flipped near-ties explain.
 
-    Args:
-        outputs: what `check_outputs` found, with what `flipped_windows` did where that was measured.
-        path: the file, for the message.
-        reference: what it is compared with, for the message.
-
-    Raises:
-        RuntimeError: naming the measured and the allowed difference.
+    `outputs` is what `check_outputs` found, with what `flipped_windows` did where that was measured.
     """
     error, limit = outputs["max_relative_error"], outputs["tolerance"]
     flipped, before = outputs.get("flipped_windows", 0.0), outputs.get("error_where_flipped", 0.0)
@@ -255,16 +223,7 @@ def judge(outputs: dict[str, Any], path: Path, reference: str = "eager mode") ->
 
 
 def described(target: str, blocks: Iterable[Mapping[str, Any]], **facts: Any) -> dict[str, Any]:
-    """What a report begins with, and a file keeps of it as metadata.
-
-    Args:
-        target: the runtime, or the format of torch's own files.
-        blocks: the lowered unpoolings.
-        facts: more of them.
-
-    Returns:
-        Package version, target, the lowerings that occur, and the rest, JSON-ready.
-    """
+    """What a report begins with, and a file keeps as metadata: version, target or format, lowerings, and `facts`."""
     from .. import __version__
 
     used = sorted({block["lowering"] for block in blocks})
@@ -272,25 +231,16 @@ def described(target: str, blocks: Iterable[Mapping[str, Any]], **facts: Any) ->
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write `<path>.json` beside an exported file.
-
-    Args:
-        path: the exported file.
-        report: JSON-ready facts and measurements.
-    """
+    """Write a JSON-ready report as `<path>.json` beside the exported file."""
     with kept(path.with_name(f"{path.name}.json")) as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def flipped_windows(inputs: Iterable[Iterable[_Map]]) -> dict[str, float]:
-    """Pooling windows whose maximum lies elsewhere in the two runs, as it may between near-equal values.
+    """Share of pooling windows whose maximum lies elsewhere in the two runs, as it may between near-equal values.
 
-    Args:
-        inputs: for each input the pooled maps in the graph's order.
-
-    Returns:
-        `flipped_windows`, their share, and `error_where_flipped`, the largest relative error of a map in which, first
-        of an input's, some flipped: small where near-ties are the cause, and not another error before them.
+    `error_where_flipped`: the largest error of an input's first map, in the graph's order, with some; where that is
+    small, near-ties are the cause, and not another error before them.
     """
     flipped, total, worst = 0, 0, 0.0
     for maps in inputs:
@@ -305,31 +255,13 @@ def flipped_windows(inputs: Iterable[Iterable[_Map]]) -> dict[str, float]:
 
 
 def torch_pool(x: Tensor, window: list[int], ceil_mode: bool) -> tuple[Tensor, Tensor]:
-    """torch's own pooling of disjoint windows.
-
-    Args:
-        x: (N, C, *spatial), of two or three axes.
-        window: window and stride.
-        ceil_mode: whether partial windows count.
-
-    Returns:
-        Window maxima and flat indices.
-    """
+    """torch's own pooling of disjoint windows of (N, C, *spatial), two or three axes: maxima and flat indices."""
     function = F.max_pool2d if len(window) == 2 else F.max_pool3d
     return function(x, window, window, ceil_mode=ceil_mode, return_indices=True)
 
 
 def torch_unpool(values: Tensor, indices: Tensor, size: list[int]) -> Tensor:
-    """torch's own unpooling.
-
-    Args:
-        values: (N, C, *pooled), of two or three axes.
-        indices: flat index of each value.
-        size: spatial size of the result.
-
-    Returns:
-        The map, in the type of `values`.
-    """
+    """torch's own unpooling of (N, C, *pooled), two or three axes, to this spatial size, in the type of `values`."""
     if len(size) == 2:
         unpooled = torch.ops.aten.max_unpool2d(values.float(), indices, size)
     else:

@@ -31,7 +31,7 @@ def check_blocks(
         unoptimized: makes the same before the optimizer, which may fuse an unpooling with what follows it (a padding
             with a convolution): then it is cut out of that.
         blocks: window (with as many axes as the map), `ceil_mode` and `own` of each.
-        runtime: `onnxruntime` or `openvino`.
+        runtime: as for `verify.runner`.
 
     Returns:
         How many comparisons were made.
@@ -55,17 +55,7 @@ def check_blocks(
 
 
 def compare(got: Tensor, expected: Tensor, block: dict[str, Any], case: str) -> None:
-    """Refuse an unpooling that is not equal to torch's.
-
-    Args:
-        got: what the exported form makes of a map.
-        expected: what torch makes of it.
-        block: the unpooling.
-        case: what the map is, for the message.
-
-    Raises:
-        RuntimeError: naming the unpooling, its line of code and how many values differ.
-    """
+    """Raise RuntimeError, naming an unpooling, its line and how many values differ, if it is not equal to torch's."""
     if not torch.equal(got, expected):
         wrong = int((got != expected).sum()) if got.shape == expected.shape else expected.numel()
         raise RuntimeError(

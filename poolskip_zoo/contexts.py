@@ -14,17 +14,9 @@ __all__ = ["evaluating", "explain_full_disk", "kept", "write_atomic"]
 
 @contextmanager
 def kept(path: Path, intact: str = "") -> Iterator[Path]:
-    """Give a file its name once all is well.
+    """Yield a name to write a file under, in a folder that goes afterwards; it is moved to `path` once all is well.
 
-    Args:
-        path: its name.
-        intact: what is after an error, as a sentence.
-
-    Yields:
-        The name to write it under, in a folder that goes afterwards. After an error what was at `path` stays.
-
-    Raises:
-        RuntimeError: if the disk is full.
+    After an error what was at `path` stays. RuntimeError if the disk is full; `intact` says in it what is.
     """
     with explain_full_disk(path, intact):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,16 +28,7 @@ def kept(path: Path, intact: str = "") -> Iterator[Path]:
 
 
 def write_atomic(path: Path, data: bytes | memoryview, intact: str = "") -> None:
-    """Write a file whole or not at all, and let it reach the disk first.
-
-    Args:
-        path: its name.
-        data: contents.
-        intact: as for `kept`.
-
-    Raises:
-        RuntimeError: if the disk is full; what was there before is intact.
-    """
+    """Write a file whole or not at all, and let it reach the disk first; `intact` and errors as for `kept`."""
     with kept(path, intact) as temporary, temporary.open("wb") as file:
         file.write(data)
         file.flush()
@@ -54,15 +37,7 @@ def write_atomic(path: Path, data: bytes | memoryview, intact: str = "") -> None
 
 @contextmanager
 def explain_full_disk(path: Path, intact: str = "") -> Iterator[None]:
-    """Turn "no space left" into one line that names the file.
-
-    Args:
-        path: the file being written.
-        intact: what is, as a sentence.
-
-    Raises:
-        RuntimeError: on ENOSPC or EDQUOT; other errors pass.
-    """
+    """Turn ENOSPC and EDQUOT into a RuntimeError of one line with the file's name and `intact`, as for `kept`."""
     try:
         yield
     except OSError as error:
@@ -73,11 +48,7 @@ def explain_full_disk(path: Path, intact: str = "") -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in the mode that it was in.
-
-    Args:
-        model: any module.
-    """
+    """Evaluation mode; afterwards every module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

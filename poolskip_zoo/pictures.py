@@ -9,18 +9,7 @@ __all__ = ["new_figure", "save_figure"]
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Make a figure that needs no display.
-
-    Args:
-        width: inches.
-        height: inches.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ImportError: if matplotlib is missing; it names the extra to install.
-    """
+    """Make a figure, in inches, that needs no display; ImportError, naming the extra, if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -29,14 +18,6 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as a PNG.
-
-    Args:
-        figure: the figure.
-        path: the file.
-
-    Raises:
-        RuntimeError: if the disk is full.
-    """
+    """Write a figure as a PNG; RuntimeError if the disk is full."""
     with kept(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -145,14 +145,7 @@ def _check_keys(state_dict: StateDict, own: StateDict, model: Any, optional: tup
 
 
 def shown(keys: list[str]) -> str:
-    """Keys for a message.
-
-    Args:
-        keys: names of tensors, or what is said of them.
-
-    Returns:
-        Their number and the first three.
-    """
+    """Number of keys and the first three, for a message."""
     return f"{len(keys)} keys ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})" if keys else "nothing"
 
 

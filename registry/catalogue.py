@@ -13,13 +13,9 @@ __all__ = ["base_name", "create_base", "is_name", "registered_models", "warm_sta
 
 
 def registered_models(test: bool = False) -> list[str]:
-    """Names of all registered architectures, Pool Skip variants and small-image bases.
+    """Sorted names, without tags, of all registered architectures, Pool Skip variants and small-image bases.
 
-    Args:
-        test: whether to include the tiny `test_*` architectures.
-
-    Returns:
-        Sorted names without tags.
+    `test` includes the tiny `test_*` ones.
     """
     package = __name__.rpartition(".")[0]
     names: set[str] = set()
@@ -32,11 +28,7 @@ def registered_models(test: bool = False) -> list[str]:
 def is_name(name: str) -> bool:
     """Tell a name from a folder's, which may look like one: `resnet20_cifar_poolskip.c10-s0`.
 
-    Args:
-        name: what may be a model with or without tag.
-
-    Returns:
-        True for a registered model, if there is a tag one that it has, and for a recorded checkpoint of segmentation.
+    True for a registered model, if there is a tag one that it has, and for a recorded checkpoint of segmentation.
     """
     arch, tagged, _ = name.partition(".")
     known = is_model(arch) and (not tagged or name in get_arch_pretrained_cfgs(arch))
@@ -44,14 +36,7 @@ def is_name(name: str) -> bool:
 
 
 def base_name(name: str) -> str:
-    """The model that a variant adds Pool Skip to.
-
-    Args:
-        name: registered name.
-
-    Returns:
-        The name without its suffix; a base's own name.
-    """
+    """Name of the model that a variant adds Pool Skip to; a base's own name."""
     return name.removesuffix(SUFFIX)
 
 
@@ -81,11 +66,7 @@ def create_base(name: str, **kwargs: Any) -> nn.Module:
 
 
 def warm_starts() -> list[str]:
-    """Tags of timm's that a variant can start from, with Pool Skip at zero.
-
-    Returns:
-        `<arch>.<tag>` of each, by architecture, in timm's order.
-    """
+    """`<arch>.<tag>` of timm's tags that a variant can start from, with Pool Skip at zero, by architecture."""
     return [
         name
         for arch in registered_models()

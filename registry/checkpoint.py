@@ -48,15 +48,7 @@ _OF_OTHER_WEIGHTS = (
 
 
 def cfg_for_data(cfg: PretrainedCfg, dataset: str) -> PretrainedCfg:
-    """An architecture's configuration, for one data set.
-
-    Args:
-        cfg: what the architecture alone decides.
-        dataset: name of the data set in `poolskip_zoo.data`.
-
-    Returns:
-        A copy with the classes, the input and its preprocessing.
-    """
+    """An architecture's configuration, with the classes, the input and the preprocessing of a data set."""
     data = DATASETS[dataset]
     return dataclasses.replace(
         cfg,
@@ -73,16 +65,9 @@ def cfg_for_data(cfg: PretrainedCfg, dataset: str) -> PretrainedCfg:
 def retrained_cfg(
     cfg: PretrainedCfg, dataset: str, image_size: int = 0, model_args: Mapping[str, Any] | None = None
 ) -> PretrainedCfg:
-    """The configuration of a model that was trained on a data set, whatever weights it had before.
+    """The configuration of a model that was trained on a data set, without what it said of any weights before.
 
-    Args:
-        cfg: what the architecture alone decides, or a model's configuration.
-        dataset: name of the data set in `poolskip_zoo.data`.
-        image_size: pixels that its images were resized to; 0 for the data set's own.
-        model_args: keywords that the model was made with.
-
-    Returns:
-        A copy without what it says of other weights: where they are, what they are of, how they are measured best.
+    `image_size` is in pixels, 0 for the data set's own; `model_args` are what the model was made with.
     """
     nothing: dict[str, Any] = dict.fromkeys(_OF_OTHER_WEIGHTS)
     of_data = cfg_for_data(cfg, dataset)
@@ -204,15 +189,7 @@ class SegmentationCheckpoint(Checkpoint):
 
 
 def timm_config(model: Any, dataset: str) -> dict[str, Any]:
-    """The config.json by which timm loads a folder of weights.
-
-    Args:
-        model: a classifier with the configuration of what it was trained on.
-        dataset: name of the data set, for the names of its classes.
-
-    Returns:
-        Plain data.
-    """
+    """The config.json by which timm loads a folder of weights, with the names of the data set's classes; plain data."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         save_config_for_hf(model, str(path), {"label_names": DATASETS[dataset].labels})
@@ -226,14 +203,7 @@ _NOT_KEPT: dict[str, Checkpoint] = {}
 
 
 def find(name: str) -> Checkpoint | None:
-    """The record of a trained checkpoint.
-
-    Args:
-        name: `<arch>.<tag>`, or `<arch>` for its first one.
-
-    Returns:
-        The record, or None if no checkpoint of ours has this name, or its weights are not kept.
-    """
+    """The record of `<arch>.<tag>`, or of `<arch>`'s first; None if we have none, or its weights are not kept."""
     if "." in name:
         return _CHECKPOINTS.get(name)
     return next((c for c in _CHECKPOINTS.values() if c.arch == name), None)
@@ -252,24 +222,15 @@ def checkpoints(not_kept: bool = False) -> tuple[Checkpoint, ...]:
 
 
 def add_checkpoints(trained: Iterable[Checkpoint]) -> None:
-    """Make `find` and `checkpoints` know trained checkpoints.
-
-    Args:
-        trained: their records.
-    """
+    """Make `find` and `checkpoints` know trained checkpoints."""
     for checkpoint in trained:
         (_CHECKPOINTS if checkpoint.sha256 else _NOT_KEPT)[checkpoint.name] = checkpoint
 
 
 def trained_cfgs(trained: Iterable[Checkpoint], cfgs: Mapping[str, PretrainedCfg]) -> dict[str, PretrainedCfg]:
-    """Configurations of trained checkpoints, which `find` knows from then on.
+    """Make `find` know trained checkpoints; return `<arch>.<tag>` to configuration of those whose weights are kept.
 
-    Args:
-        trained: their records.
-        cfgs: architecture name to what the architecture alone decides.
-
-    Returns:
-        `<arch>.<tag>` to configuration, of those whose weights are kept.
+    `cfgs`: architecture name to what the architecture alone decides.
     """
     trained = tuple(trained)
     add_checkpoints(trained)
@@ -279,12 +240,7 @@ def trained_cfgs(trained: Iterable[Checkpoint], cfgs: Mapping[str, PretrainedCfg
 def pool_skip_cfgs(bases: Iterable[str], trained: Iterable[Checkpoint] = ()) -> dict[str, PretrainedCfg]:
     """Configurations of the Pool Skip variants of timm models: trained checkpoints first, then the warm starts.
 
-    Args:
-        bases: timm model names.
-        trained: records of trained checkpoints of their variants.
-
-    Returns:
-        `<arch>.<tag>` to configuration, for timm's `generate_default_cfgs`.
+    By `<arch>.<tag>`, for timm's `generate_default_cfgs`; `bases` are timm's names, `trained` records of variants.
     """
     of_bases = {base: get_arch_pretrained_cfgs(base) for base in bases}
     archs = {base + SUFFIX: next(iter(cfgs.values())) for base, cfgs in of_bases.items()}

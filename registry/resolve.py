@@ -27,28 +27,16 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def hub_cards_dir() -> Path | None:
-    """The folder of cards and weights in a checkout.
-
-    Returns:
-        `hub_cards/` beside the package's source, or None in an installation.
-    """
+    """`hub_cards/`, of cards and weights, beside the package's source in a checkout, or None in an installation."""
     root = Path(__file__).resolve().parent.parent
     # An installation has the cards, without weights, in a folder of this name.
     return root / "hub_cards" if (root / "pyproject.toml").is_file() else None
 
 
 def local_folder(checkpoint: Checkpoint) -> Path | None:
-    """Find a checkpoint's folder without the Hub, in the order in which weights are looked for.
+    """First local folder with a checkpoint's weights, or None; RuntimeError if `POOLSKIP_HUB_DIR` names no folder.
 
-    Args:
-        checkpoint: record of the checkpoint.
-
-    Returns:
-        The first folder with its weights: in a checkout's `hub_cards/`, in the folder that `POOLSKIP_HUB_DIR` names,
-        or in the installed package `poolskip_zoo_weights`; None if there is none.
-
-    Raises:
-        RuntimeError: if `POOLSKIP_HUB_DIR` names no folder.
+    In order: a checkout's `hub_cards/`, `POOLSKIP_HUB_DIR`, the installed package `poolskip_zoo_weights`.
     """
     return next((each / checkpoint.name for each in _roots() if (each / checkpoint.name / WEIGHTS).is_file()), None)
 
@@ -56,19 +44,8 @@ def local_folder(checkpoint: Checkpoint) -> Path | None:
 def local_weights(checkpoint: Checkpoint, cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """Find a checkpoint's weights: in a local folder, the Hub client's cache, or on the Hub.
 
-    A file of the cache that is not the recorded one is set aside, so that the next call downloads it anew; files
-    elsewhere are left as they are.
-
-    Args:
-        checkpoint: record of the checkpoint.
-        cache_dir: folder of the Hub client's cache.
-
-    Returns:
-        Path of the file, whose sha256 is the recorded one.
-
-    Raises:
-        RuntimeError: if no file can be had, or the one found has another sha256; it names the model, the file and
-            the ways out.
+    RuntimeError, with the ways out, if there are none or their sha256 is not the recorded one; such a file of the cache
+    is set aside, so that the next call downloads it anew, and files elsewhere are left as they are.
     """
     folder = local_folder(checkpoint)
     path = folder / WEIGHTS if folder else _from_hub(checkpoint, cache_dir)
@@ -113,14 +90,7 @@ def require_timm_weights(name: str, cfg: PretrainedCfg, cache_dir: str | os.Path
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """SHA-256 of a file: 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

@@ -53,17 +53,9 @@ def create_segmentation(model: str, model_args: Mapping[str, Any], classes: int)
 
 
 def build_recorded(checkpoint: SegmentationCheckpoint, device: str = "cpu") -> Any:
-    """Make a checkpoint's model, without its weights.
+    """Make a checkpoint's model without its weights, in evaluation mode; on `meta` for sizes and names alone.
 
-    Args:
-        checkpoint: the record.
-        device: `cpu`, or `meta` for sizes and names alone.
-
-    Returns:
-        The model, in evaluation mode.
-
-    Raises:
-        ValueError: as `create_segmentation`.
+    Raises ValueError as `create_segmentation`.
     """
     model_args = {**checkpoint.model_args, "encoder_weights": None}
     with torch.device(device):
@@ -106,13 +98,6 @@ def load_weights(model: ModelT, path: Path) -> ModelT:
 
 
 def smp_config(model: nn.Module) -> dict[str, Any]:
-    """The config.json of smp's `save_pretrained`, but for the encoder's first weights, which it would fetch again.
-
-    Args:
-        model: a segmentation model of smp.
-
-    Returns:
-        Plain data, by which `smp.from_pretrained` makes the model.
-    """
+    """The config.json of smp's `save_pretrained`, but for the encoder's first weights, which it would fetch again."""
     config: Any = model.config
     return {**config, "encoder_weights": None, "_model_class": type(model).__name__}

@@ -26,11 +26,7 @@ _SMP = "segmentation_models_pytorch"
 
 
 def encoder_names() -> list[str]:
-    """Names that are encoders of smp.
-
-    Returns:
-        All registered names but those for small images, whose maps are no pyramid; the tiny `test_*` ones included.
-    """
+    """Names that are encoders of smp: all, `test_*` too, but those for small images, whose maps are no pyramid."""
     small = set(list_models(module="cifar_poolskip"))
     return [name for name in registered_models(test=True) if name not in small]
 

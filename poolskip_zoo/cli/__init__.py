@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: words of the command line without the program's name; None takes those of the process.
 
     Returns:
-        0 on success, 2 after an error that is the caller's to mend (one line on standard error), 130 if interrupted,
-        141 if nobody reads on.
+        The verb's own exit status, 0 on success; 2 after a ValueError, RuntimeError, OSError, ImportError or
+        SafetensorError, told in one line on standard error; 130 if interrupted, 141 if nobody reads on.
     """
     if sys.stderr is None:  # closed, as `2>&-` or a service leaves it
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for the rest of the process

@@ -17,15 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo.
-
-    Returns:
-        0 if ONNX Runtime agrees with PyTorch, else 1.
-
-    Raises:
-        ValueError: if the model has no weights or no such layer, or knows none of the sample images' classes.
-        ImportError: if matplotlib, onnx, onnxscript or onnxruntime is missing; it names the extra to install.
-    """
+    """Print classes, draw, export and segment; exit status 1 if ONNX Runtime gives other classes than PyTorch."""
     from pathlib import Path
 
     from ..export import to_onnx

@@ -27,18 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure one model, or two.
-
-    Returns:
-        0.
-
-    Raises:
-        ValueError: if a model or data set is unknown, or they do not fit.
-        FileNotFoundError: if a file or data are missing.
-        OSError: if `--output` cannot be written.
-        RuntimeError: if weights cannot be had or do not fit.
-        ImportError: if `--output` is given and matplotlib is missing.
-    """
+    """Print the measures of one model, or of two, and draw them with `--output`."""
     import json
 
     from ..data.datasets import HOLD_OUT

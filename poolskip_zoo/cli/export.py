@@ -47,16 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export, check, and say what was measured.
-
-    Returns:
-        0.
-
-    Raises:
-        ValueError: if the model, an option or a combination of options is unknown, or the model cannot be exported so.
-        RuntimeError: if the file differs from the model; then there is none.
-        ImportError: if a library of the target is missing; it names the extra to install.
-    """
+    """Write and check the file, and print what was measured."""
     import torch
 
     from .. import export

@@ -36,15 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run one action.
-
-    Returns:
-        0, or 1 if a checkpoint failed verification.
-
-    Raises:
-        ValueError: if a name is unknown, or a run cannot be added.
-        RuntimeError: if files are not what they should be, or the Hub fails.
-    """
+    """Run one action; exit status 1 if a checkpoint failed verification."""
     return {"add": _add, "card": _card, "verify": _verify, "pull": _pull, "publish": _publish}[args.action](args)
 
 

@@ -11,18 +11,9 @@ _BATCH = 64
 
 
 def has_data(args: argparse.Namespace, subject: Subject, known: Sequence[str]) -> bool:
-    """Tell whether a verb can show a model images.
+    """Whether a verb can show a model images: not without a data folder, or where nobody names a data set.
 
-    Args:
-        args: parsed arguments, `data_dir` and `dataset` among them.
-        subject: the model.
-        known: the data sets that the verb takes.
-
-    Returns:
-        False without a data folder, or where nobody names a data set.
-
-    Raises:
-        ValueError: if data are asked for and it is not known which, or the data set is none of these.
+    Raises ValueError if data are asked for and it is not known which, or the data set is none that the verb takes.
     """
     import os
 
@@ -41,22 +32,9 @@ def has_data(args: argparse.Namespace, subject: Subject, known: Sequence[str]) -
 def image_batches(
     subject: Subject, data_dir: str | None, images: int, device: Any, hold_out: int, split: str = "val"
 ) -> Any:
-    """Read images of a split as a classifier takes them.
+    """Batches of images and labels of a split as a classifier takes them: `images` of its images, evenly spread.
 
-    Args:
-        subject: the model, whose data set is known.
-        data_dir: data folder; None takes the environment's.
-        images: how many, evenly spread.
-        device: the model's.
-        hold_out: training images that are held out as `val`.
-        split: `val` or `test`.
-
-    Returns:
-        Batches of images and labels, or of images alone where the classes are not the model's.
-
-    Raises:
-        ValueError: if the data set is unknown.
-        FileNotFoundError: if data are missing.
+    They have no labels where the classes are not the model's; `hold_out` training images are held out as `val`.
     """
     from ..data import DATASETS, EvalLoader, Split, load_split
 

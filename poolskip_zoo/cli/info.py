@@ -13,14 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the facts of one model.
-
-    Returns:
-        0.
-
-    Raises:
-        ValueError: if no such model is registered.
-    """
+    """Print the facts of one model."""
     import json
 
     from ..hub.facts import describe

@@ -15,14 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one name a line.
-
-    Returns:
-        0.
-
-    Raises:
-        ValueError: if nothing matches.
-    """
+    """Print one name a line."""
     from fnmatch import fnmatchcase
 
     from ..registry.catalogue import registered_models, warm_starts

@@ -14,15 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Pack, and print the files.
-
-    Returns:
-        0.
-
-    Raises:
-        ValueError: if the data set is not packed.
-        FileNotFoundError: if the folder lacks something.
-    """
+    """Write the packs, and print their paths."""
     from ..data.make_packs import make_packs
 
     print("\n".join(map(str, make_packs(args.dataset, args.source, args.data_dir))))

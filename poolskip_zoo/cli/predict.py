@@ -27,16 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the most likely classes of each image; of segmentation those with most pixels, and draw an overlay.
-
-    Returns:
-        0.
-
-    Raises:
-        ValueError: if `--top` is not between 1 and the number of classes, the model has no weights, a file
-            is no image, or two overlays would have one name.
-        OSError: if a file is missing, or the overlay cannot be written.
-    """
+    """Print the most likely classes of each image; of segmentation those with most pixels, and draw an overlay."""
     import json
 
     from ..inference import Classifier, read_image

@@ -26,17 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prune, measure, write.
-
-    Returns:
-        0.
-
-    Raises:
-        ValueError: if the model is unknown or cannot be pruned, or its data set is not known.
-        FileNotFoundError: if a file or data are missing.
-        RuntimeError: if the written file differs from the model; then there is none.
-        ImportError: if torch-pruning is missing; it names the extra to install.
-    """
+    """Write the pruned model, and print what was removed and measured."""
     import json
 
     import torch

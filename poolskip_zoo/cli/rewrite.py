@@ -26,16 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Rewrite, check, and say what was done.
-
-    Returns:
-        0.
-
-    Raises:
-        ValueError: if an option is unknown, or the file cannot be rewritten.
-        RuntimeError: if the new file differs from the original; then there is none.
-        ImportError: if a library is missing; it names the extra to install.
-    """
+    """Write and check the new file, and print what was done."""
     from ..export import rewrite_onnx
 
     report = rewrite_onnx(args.source, args.output, args.target, lowering=args.lowering, size=args.size)

@@ -22,18 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what is finished and write the results.
+    """Measure what is finished, write the results, and print verdict and tables.
 
     The test set is read once for each run that counts, and only after all runs of its net are finished.
-
-    Returns:
-        0.
-
-    Raises:
-        ValueError: if the list is none of the study, no run is finished, one is of another recipe than the list's, or
-            the page has no place for results.
-        FileNotFoundError: if a file or data are missing.
-        ImportError: if scipy or matplotlib are missing.
     """
     import dataclasses
 

@@ -46,11 +46,7 @@ class Subject:
 
     @property
     def input_size(self) -> tuple[int, int, int]:
-        """Channels, height and width of what the model was trained on.
-
-        Raises:
-            ValueError: if the model does not say.
-        """
+        """Channels, height and width of what the model was trained on; ValueError if it does not say."""
         if not hasattr(self.model, "pretrained_cfg"):
             raise ValueError(f"{self.name} does not say what size of images it takes: a model of timm or ours does")
         return tuple(self.model.pretrained_cfg["input_size"])
@@ -256,11 +252,7 @@ def _call(name: str, module: str, function: str, arguments: str | None) -> Any:
 
 
 def best_device() -> Any:
-    """Where verbs measure models.
-
-    Returns:
-        The first GPU, or the CPU where there is none.
-    """
+    """Where verbs measure models: the first GPU, or the CPU where there is none."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

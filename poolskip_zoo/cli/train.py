@@ -25,17 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def minutes(text: str) -> float:
-    """Read a time limit.
-
-    Args:
-        text: the word of the command line.
-
-    Returns:
-        Minutes; 0 is no limit.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is no number from 0.
-    """
+    """Read a time limit in minutes; 0 is none, and argparse.ArgumentTypeError is raised for less and for no number."""
     try:
         value = float(text)
     except ValueError:
@@ -46,16 +36,7 @@ def minutes(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train.
-
-    Returns:
-        Exit code.
-
-    Raises:
-        ValueError: if the recipe does not fit.
-        FileNotFoundError: if recipe or data are missing.
-        RuntimeError: if training fails.
-    """
+    """Train, and print the held-out scores; exit status 130 if interrupted."""
     import os
 
     from ..training import describe, load_recipe, train

@@ -31,15 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train the list.
-
-    Returns:
-        Exit code: 0 if no run failed, else 1.
-
-    Raises:
-        ValueError: if the list is malformed.
-        FileNotFoundError: if the list or a recipe is missing.
-    """
+    """Train the list, and print how each run ended; exit status 1 if one failed."""
     import os
     from functools import partial
 

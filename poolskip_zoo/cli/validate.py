@@ -31,16 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Validate.
-
-    Returns:
-        Exit code.
-
-    Raises:
-        ValueError: if the data set is not known, or model and data set do not fit.
-        FileNotFoundError: if data or checkpoint are missing.
-        RuntimeError: if the checkpoint does not fit the model.
-    """
+    """Print the scores on the test set."""
     import json
 
     from ..data import DATASETS
@@ -56,19 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure_run(folder: Path, data_dir: str | None) -> dict[str, Any]:
-    """Measure a finished run on its test set, as the verb does with `--checkpoint`.
-
-    Args:
-        folder: the run folder.
-        data_dir: data folder; None takes `POOLSKIP_DATA_DIR`.
-
-    Returns:
-        What `--json` prints.
-
-    Raises:
-        FileNotFoundError: if data or checkpoint are missing.
-        RuntimeError: if the checkpoint does not fit the model.
-    """
+    """What `poolskip validate FOLDER --json` prints of a finished run; `data_dir` None takes `POOLSKIP_DATA_DIR`."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     args = parser.parse_args(["--", str(folder)])

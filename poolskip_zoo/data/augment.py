@@ -18,16 +18,9 @@ ERASE_ASPECT = 0.3
 
 
 def random_bits(seed: int, epoch: int, index: np.ndarray, stream: int) -> np.ndarray:
-    """Hash to 64 random bits per image (the finaliser of splitmix64, Steele et al. 2014, applied in turn).
+    """Hash to 64 random bits per image, (B,) uint64 (the finaliser of splitmix64, Steele et al. 2014, applied in turn).
 
-    Args:
-        seed: seed of the run, >= 0.
-        epoch: epoch, from 0.
-        index: (B,) integers, image indices.
-        stream: number of the draw: different draws of one image are independent.
-
-    Returns:
-        (B,) uint64.
+    `index` are (B,) image indices, `stream` is the number of the draw: different draws of one image are independent.
     """
     bits = np.zeros(len(index), np.uint64)
     for part in (seed, epoch, np.asarray(index), stream):
@@ -39,11 +32,7 @@ def random_bits(seed: int, epoch: int, index: np.ndarray, stream: int) -> np.nda
 
 
 def uniform(seed: int, epoch: int, index: np.ndarray, stream: int) -> np.ndarray:
-    """Draw one number in [0, 1) per image; arguments as for `random_bits`.
-
-    Returns:
-        (B,) float64.
-    """
+    """Draw one number in [0, 1) per image, (B,) float64; arguments as for `random_bits`."""
     return (random_bits(seed, epoch, index, stream) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -79,16 +68,7 @@ class Augment:
         self._make_policy = _policy_maker(rand_augment, fill) if rand_augment else None
 
     def pixels(self, images: torch.Tensor, index: np.ndarray, epoch: int) -> torch.Tensor:
-        """Crop, flip and RandAugment.
-
-        Args:
-            images: (B, H, W, 3) uint8.
-            index: (B,) image indices.
-            epoch: epoch, from 0.
-
-        Returns:
-            (B, H, W, 3) uint8 on the same device, H and W those of the crop.
-        """
+        """Crop, flip and RandAugment (B, H, W, 3) uint8, then of the crop's size; `index` are (B,) image indices."""
         if self.crop_padding or self.crop_size or self.flip:
             images = self._crop_flip(images, index, epoch)
         if self._make_policy is not None:
@@ -96,16 +76,7 @@ class Augment:
         return images
 
     def erase(self, batch: torch.Tensor, index: np.ndarray, epoch: int) -> torch.Tensor:
-        """Set a random rectangle of some images to zero, the mean of normalised images.
-
-        Args:
-            batch: (B, 3, H, W) float, changed in place.
-            index: (B,) image indices.
-            epoch: epoch, from 0.
-
-        Returns:
-            `batch`.
-        """
+        """Set a random rectangle of some images (B, 3, H, W) to zero, the mean of normalised ones, in place."""
         if not self.erasing:
             return batch
         hit, area, aspect, top, left = (uniform(self.seed, epoch, index, 10 + draw) for draw in range(5))

@@ -182,15 +182,7 @@ DATASETS: dict[str, DatasetInfo] = {
 def data_folder(data_dir: str | os.PathLike[str] | None) -> Path:
     """Resolve the data folder: the argument, else the environment variable `POOLSKIP_DATA_DIR`.
 
-    Args:
-        data_dir: a folder, or None for the environment's.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: if neither is given.
-        FileNotFoundError: if the folder does not exist.
+    Raises ValueError if neither is given, FileNotFoundError if the folder does not exist.
     """
     value = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if not value:
@@ -265,16 +257,7 @@ def load_splits(
 
 
 def check_splits(name: str, splits: Sequence[str], names: Iterable[str]) -> None:
-    """Refuse unknown data sets and splits.
-
-    Args:
-        name: a data set.
-        splits: names of splits.
-        names: the data sets that there are.
-
-    Raises:
-        ValueError: if the name or a split is unknown.
-    """
+    """Raise ValueError if a data set is none of `names`, or a split none of `SPLITS`."""
     if name not in names:
         raise ValueError(f"unknown dataset {name!r}: one of {', '.join(names)}")
     for split in splits:

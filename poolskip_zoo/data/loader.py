@@ -89,15 +89,9 @@ class ShuffledBatches:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def index(self, epoch: int, step: int, micro: int = 0) -> np.ndarray:
-        """Choose the images of one batch.
+        """Indices (B,) int64 of a batch's images, B = batch_size / (world * accumulation).
 
-        Args:
-            epoch: epoch, from 0.
-            step: optimizer step within the epoch, 0 to `steps - 1`.
-            micro: accumulation step, from 0.
-
-        Returns:
-            (B,) int64, B = batch_size / (world * accumulation).
+        `step` is the optimizer step within the epoch, `micro` the accumulation step; all count from 0.
         """
         start = step * self.batch_size + (micro * self.world + self.rank) * self.micro_size
         return self._epoch_order(epoch)[start : start + self.micro_size]

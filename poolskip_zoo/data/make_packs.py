@@ -18,19 +18,9 @@ SOURCES = {
 
 
 def make_packs(name: str, source: Path, data_dir: Path) -> list[Path]:
-    """Write the packs of a data set that `load_split` reads.
+    """Write the packs of a data set, a key of `SOURCES`, that `load_split` reads; return the files. `data_dir` is made.
 
-    Args:
-        name: key of `SOURCES`.
-        source: folder with the images as they come.
-        data_dir: data folder to write to; it is made.
-
-    Returns:
-        The files written.
-
-    Raises:
-        ValueError: if the name is unknown.
-        FileNotFoundError: if the folder lacks something.
+    Raises ValueError if the name is unknown, FileNotFoundError if the source lacks something.
     """
     if name not in SOURCES:
         raise ValueError(f"{name!r} is not packed: one of {', '.join(SOURCES)}")

@@ -16,18 +16,7 @@ import numpy as np
 
 
 def data_file(folder: Path, name: str) -> Path:
-    """Return the path of a file in the data folder.
-
-    Args:
-        folder: the data folder.
-        name: the file's name.
-
-    Returns:
-        The path.
-
-    Raises:
-        FileNotFoundError: if it is missing; the message names both.
-    """
+    """Path of a file in the data folder; FileNotFoundError, naming both, if it is missing."""
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"{name} not found in data folder {folder} (what it is: docs/training.md)")

@@ -79,16 +79,7 @@ class SceneAugment:
 
 
 def resize(image: torch.Tensor, labels: torch.Tensor, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Resize an image by antialiased bilinear interpolation, and its labels to the nearest.
-
-    Args:
-        image: (3, H, W) uint8.
-        labels: (H, W) uint8.
-        size: height and width.
-
-    Returns:
-        Image (3, h, w) and labels (h, w), uint8.
-    """
+    """Resize (3, H, W) uint8 by antialiased bilinear interpolation, and labels (H, W) uint8 to the nearest."""
     from torchvision.transforms.v2 import InterpolationMode, functional
 
     image = functional.resize(image, list(size), antialias=True)

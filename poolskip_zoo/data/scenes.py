@@ -38,11 +38,7 @@ class Scenes:
         return len(self.items)
 
     def count_labels(self) -> Iterator[np.ndarray]:
-        """Count the pixels of each label, image by image.
-
-        Yields:
-            (256,) int64.
-        """
+        """Count the pixels of each label, image by image: (256,) int64."""
         with ThreadPoolExecutor() as pool:
             yield from pool.map(
                 lambda place: np.bincount(self.items[place][1].flatten(), minlength=256), range(len(self))

@@ -13,26 +13,14 @@ __all__ = ["count_macs", "count_parameters", "measure_latency"]
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters.
-
-    Args:
-        model: any module.
-
-    Returns:
-        Elements of all parameters, each counted once.
-    """
+    """Number of elements of all parameters, each counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
     """Multiply-accumulates of convolutions and matrix products in one forward pass, counted without computing it.
 
-    Args:
-        model: any module; it is not changed.
-        input_size: channels and spatial size of one input.
-
-    Returns:
-        Half of the floating-point operations that torch's counter reports; pooling and unpooling count nothing.
+    `input_size` is (C, *spatial). Half of what torch's counter reports: pooling and unpooling count nothing.
     """
     model = copy.deepcopy(model).to("meta").eval()
     counter = FlopCounterMode(display=False)
@@ -42,14 +30,9 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
 
 
 def measure_latency(programs: Sequence[Callable[[], object]], rounds: int = 7) -> list[float]:
-    """Median time of several programs in turn, so that they share the machine's mood.
+    """Median milliseconds of each of several programs in turn, so that they share the machine's mood.
 
-    Args:
-        programs: functions of nothing, such as a model's forward pass.
-        rounds: timings per program, after two that do not count.
-
-    Returns:
-        Milliseconds, one for each program.
+    `rounds` are the timings per program, after two that do not count.
     """
     times: list[list[float]] = [[] for _ in programs]
     with torch.inference_mode():

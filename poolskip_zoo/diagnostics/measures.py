@@ -18,15 +18,7 @@ SPARSE = 0.01
 
 
 def filters_of(weight: Tensor, convolution: Any) -> Tensor:
-    """Weights of a convolution, or their gradient, ordered so that one row makes one output channel.
-
-    Args:
-        weight: weights as the convolution keeps them.
-        convolution: any of torch's convolutions, plain or transposed.
-
-    Returns:
-        (out_channels, in_channels / groups, *kernel_size) float32.
-    """
+    """Weights of a convolution, or their gradient, as float32 (out_channels, in_channels / groups, *kernel_size)."""
     weight = weight.detach().float()
     if not convolution.transposed:
         return weight
@@ -52,38 +44,20 @@ def l2_l1(filters: Tensor) -> float | None:
 
 
 def small_weights(filters: Tensor) -> list[int]:
-    """Filters whose norm is at most 0.01 of the root mean square of all norms.
-
-    Args:
-        filters: (filters, …).
-
-    Returns:
-        Indices of filters; all of them where all weights are zero.
-    """
+    """Indices of filters whose norm is at most 0.01 of the root mean square of all norms: all if all weights are 0."""
     norms = filters.flatten(1).norm(dim=1)
     return _where(norms <= SMALL_WEIGHTS * norms.square().mean().sqrt())
 
 
 def small_scale(scale: Tensor) -> list[int]:
-    """Channels that a norm scales by at most 0.01.
-
-    Args:
-        scale: (channels,) scale of the norm that follows.
-
-    Returns:
-        Indices of channels.
-    """
+    """Indices of channels that a norm scales by at most 0.01."""
     return _where(scale.detach().float().abs() <= SMALL_SCALE)
 
 
 def sparsity(filters: Tensor) -> float:
     """Share of 3×3 kernels whose weights are all below 1 % of the layer's largest (arXiv 2203.15331, sparsity).
 
-    Args:
-        filters: (filters, channels, 3, 3).
-
-    Returns:
-        0 to 1; 1 if all weights are zero.
+    `filters` is (filters, channels, 3, 3); 1 if all weights are zero.
     """
     largest = filters.abs().flatten(2).amax(2)
     return (largest < SPARSE * largest.max()).float().mean().item() if largest.any() else 1.0

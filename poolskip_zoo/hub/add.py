@@ -143,14 +143,7 @@ def _record(metrics: dict[str, Any], scores: dict[str, Any], sha256: str, base_s
 
 
 def record_source(record: Checkpoint) -> str:
-    """Write a record as source text.
-
-    Args:
-        record: the checkpoint.
-
-    Returns:
-        Python, as the formatter leaves it, for the `CHECKPOINTS` of a family's file.
-    """
+    """Write a record as Python, as the formatter leaves it, for the `CHECKPOINTS` of a family's file."""
     lines = ""
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)

@@ -62,16 +62,9 @@ _VERDICT = (
 
 
 def card_text(record: Checkpoint) -> str:
-    """Write a checkpoint's model card.
+    """Write a checkpoint's model card, the whole README.md with its front matter.
 
-    Args:
-        record: the checkpoint.
-
-    Returns:
-        The whole README.md, with its front matter.
-
-    Raises:
-        ValueError: if the record names no recipe of this package, or a value that the Hub does not know.
+    Raises ValueError if the record names no recipe of this package, or a value that the Hub does not know.
     """
     model, data = _on_meta(record), DATASETS[record.dataset]
     library = "smp" if isinstance(record, SegmentationCheckpoint) else "timm"
@@ -106,14 +99,7 @@ def card_text(record: Checkpoint) -> str:
 
 
 def config(record: Checkpoint) -> dict[str, Any]:
-    """config.json of a checkpoint: timm's, with the checkpoint's own licence and tag, or smp's.
-
-    Args:
-        record: the checkpoint.
-
-    Returns:
-        Plain data.
-    """
+    """config.json of a checkpoint as plain data: timm's, with the checkpoint's own licence and tag, or smp's."""
     if isinstance(record, SegmentationCheckpoint):
         return smp_config(_on_meta(record))
     return timm_config(_on_meta(record), record.dataset)
@@ -122,13 +108,7 @@ def config(record: Checkpoint) -> dict[str, Any]:
 def write_card(record: Checkpoint, folder: Path) -> None:
     """Write README.md, config.json and SHA256SUMS into a folder with weights, and the golden output where missing.
 
-    Args:
-        record: the checkpoint; of one whose weights are not kept there is README.md alone.
-        folder: folder with `model.safetensors`.
-
-    Raises:
-        ValueError: as `card_text`.
-        RuntimeError: if there are no weights or they do not fit.
+    README.md alone of weights not kept. ValueError as `card_text`; RuntimeError if weights are missing or do not fit.
     """
     if not record.sha256:
         write_atomic(folder / "README.md", card_text(record).encode())
@@ -147,14 +127,7 @@ def write_card(record: Checkpoint, folder: Path) -> None:
 
 
 def check_front_matter(card: str) -> None:
-    """Check a card's front matter without the Hub.
-
-    Args:
-        card: text of a README.md.
-
-    Raises:
-        ValueError: if it has none, or lacks an entry, or has one that the Hub does not take.
-    """
+    """Raise ValueError if a card's front matter lacks an entry or has one that the Hub, not asked here, refuses."""
     parsed = ModelCard(card)
     data = parsed.data.to_dict()
     for key, allowed in _ALLOWED.items():
@@ -255,14 +228,7 @@ def _what(record: Checkpoint) -> str:
 
 
 def result_rows(record: Checkpoint) -> tuple[list[str], list[list[str]]]:
-    """The results of a checkpoint and of its twin by the same recipe.
-
-    Args:
-        record: the checkpoint.
-
-    Returns:
-        Headings of columns, and the cells of two rows, the base first; "–" where nothing is known.
-    """
+    """Headings, and the cells of a checkpoint and of its twin by the same recipe, the base first; "–" is not known."""
     arch, twin = _twin(record)
     columns = ["model", *(_METRICS[key][2] for key in record.metrics), "parameters, M", "GMACs", "hours", "images/s"]
     rows = []

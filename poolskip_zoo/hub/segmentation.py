@@ -27,14 +27,7 @@ Images are RGB, resized to a shorter side of {side}, and normalised by mean {mea
 
 
 def use(record: SegmentationCheckpoint) -> str:
-    """Write how to load a segmentation model.
-
-    Args:
-        record: the checkpoint.
-
-    Returns:
-        Markdown.
-    """
+    """Write in Markdown how to load a segmentation model."""
     data = DATASETS[record.dataset]
     return USE.format(
         name=record.name,
@@ -49,14 +42,7 @@ def use(record: SegmentationCheckpoint) -> str:
 
 
 def what(record: SegmentationCheckpoint) -> str:
-    """Say how a segmentation model is made, and from what its encoder started.
-
-    Args:
-        record: the checkpoint.
-
-    Returns:
-        One sentence.
-    """
+    """Say in one sentence how a segmentation model is made, and from what its encoder started."""
     arguments: dict[str, Any] = record.model_args
     encoder, weights = arguments.get("encoder_name", "resnet34"), arguments.get("encoder_weights")
     start = f"the weights `{weights}`" if weights else "random weights"
@@ -68,14 +54,7 @@ def what(record: SegmentationCheckpoint) -> str:
 
 
 def class_table(record: SegmentationCheckpoint) -> str:
-    """Write the intersection over union of each class.
-
-    Args:
-        record: the checkpoint.
-
-    Returns:
-        A table in Markdown.
-    """
+    """Write the intersection over union of each class as a table in Markdown."""
     lines = ["| class | IoU, % |", "|---|---|"]
     for label, value in zip(DATASETS[record.dataset].labels or (), record.class_iou, strict=True):
         lines.append(f"| {label} | {'–' if value is None else f'{value:.2f}'} |")
@@ -83,14 +62,7 @@ def class_table(record: SegmentationCheckpoint) -> str:
 
 
 def limit(record: SegmentationCheckpoint) -> str:
-    """Say what a segmentation model knows.
-
-    Args:
-        record: the checkpoint.
-
-    Returns:
-        One sentence.
-    """
+    """Say in one sentence what a segmentation model knows."""
     data = DATASETS[record.dataset]
     size = f"a shorter side of {record.image_size} pixels" if record.image_size else "their own size"
     return (

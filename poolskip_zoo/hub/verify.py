@@ -38,16 +38,9 @@ GOLDEN_TOLERANCE = 1e-3
 
 
 def checkpoint_cfg(record: Checkpoint) -> PretrainedCfg:
-    """timm's configuration of a checkpoint, registered or about to be.
+    """timm's configuration of a checkpoint, registered or about to be, with architecture and tag.
 
-    Args:
-        record: the checkpoint.
-
-    Returns:
-        The configuration, with architecture and tag.
-
-    Raises:
-        ValueError: if the architecture is not registered.
+    Raises ValueError if the architecture is not registered.
     """
     cfgs = get_arch_pretrained_cfgs(record.arch)
     if not cfgs:
@@ -58,17 +51,9 @@ def checkpoint_cfg(record: Checkpoint) -> PretrainedCfg:
 
 
 def load_checkpoint(record: Checkpoint, weights: Path) -> nn.Module:
-    """Build a checkpoint's model with weights from a file.
+    """Build a checkpoint's model with the weights of a safetensors file: in evaluation mode, float32, on the CPU.
 
-    Args:
-        record: the checkpoint.
-        weights: safetensors file.
-
-    Returns:
-        The model, in evaluation mode, float32, on the CPU.
-
-    Raises:
-        RuntimeError: if the file cannot be read or does not fit.
+    Raises RuntimeError if the file cannot be read or does not fit.
     """
     if isinstance(record, SegmentationCheckpoint):
         return load_weights(build_recorded(record), weights)
@@ -86,29 +71,14 @@ def load_checkpoint(record: Checkpoint, weights: Path) -> nn.Module:
 
 
 def golden(record: Checkpoint, weights: Path) -> bytes:
-    """Make a golden input and output.
-
-    Args:
-        record: the checkpoint.
-        weights: its safetensors file.
-
-    Returns:
-        A safetensors file: `input` (2, C, H, W), float16, as after preprocessing; `output`, the float32 logits.
-    """
+    """Make a safetensors file: `input` (2, C, H, W), float16, as after preprocessing; `output`, the float32 logits."""
     size = GOLDEN_SIZE if isinstance(record, SegmentationCheckpoint) else checkpoint_cfg(record).input_size
     x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).half()
     return save({"input": x, "output": _outputs(record, weights, x)}, {"format": "pt"})
 
 
 def checksums(folder: Path) -> str:
-    """The text of a folder's SHA256SUMS, in the format of `sha256sum`.
-
-    Args:
-        folder: folder with all other files.
-
-    Returns:
-        One line per file.
-    """
+    """The text of the SHA256SUMS of a folder with all other files, in the format of `sha256sum`."""
     return "".join(f"{sha256_of(folder / name)}  {name}\n" for name in _SUMMED)
 
 
@@ -151,16 +121,9 @@ def verify_folder(record: Checkpoint, folder: Path) -> float:
 
 
 def fetch_folder(record: Checkpoint) -> Path:
-    """Give a checkpoint's folder: a local one, else the Hub's at the pinned revision.
+    """Give a checkpoint's folder, not verified: a local one, else the Hub's at the pinned revision.
 
-    Args:
-        record: the checkpoint.
-
-    Returns:
-        The folder, not verified.
-
-    Raises:
-        RuntimeError: if it cannot be had.
+    Raises RuntimeError if it cannot be had.
     """
     folder = local_folder(record)
     if folder is None:

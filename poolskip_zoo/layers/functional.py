@@ -110,19 +110,7 @@ def max_pool_unpool3d(x: Tensor, pool_size: int | tuple[int, int, int]) -> Tenso
 
 
 def to_window(pool_size: int | tuple[int, ...] | list[int], dims: int, minimum: int = 1) -> list[int]:
-    """Spread an int over `dims` axes and check the result.
-
-    Args:
-        pool_size: an int, or one int per spatial axis.
-        dims: number of spatial axes, 1 to 3.
-        minimum: smallest size allowed along an axis.
-
-    Returns:
-        `dims` ints.
-
-    Raises:
-        ValueError: if it is neither an int nor `dims` ints, each at least `minimum`.
-    """
+    """Spread an int over `dims` axes; ValueError if it is neither one nor `dims` of them, each at least `minimum`."""
     window = list(pool_size) if isinstance(pool_size, (tuple, list)) else [pool_size] * dims
     if len(window) != dims or not all(isinstance(e, int) and not isinstance(e, bool) and e >= minimum for e in window):
         options = f"an int >= {minimum}" + (f" or a tuple of {dims} of them" if dims > 1 else "")
@@ -165,15 +153,7 @@ def window_maxima(x: Tensor, window: list[int]) -> Tensor:
 
 
 def check_rank(x: Tensor, dims: int) -> None:
-    """Refuse a tensor that is no batch and no single item of `dims` spatial axes.
-
-    Args:
-        x: any tensor.
-        dims: number of spatial axes, 1 to 3.
-
-    Raises:
-        ValueError: naming the shape and what was expected.
-    """
+    """Raise ValueError if a tensor is no batch and no single item of `dims` spatial axes."""
     if x.dim() != dims + 2 and x.dim() != dims + 1:
         raise ValueError(
             f"input of shape {list(x.shape)} has {x.dim()} dimensions: expected {dims + 2} (batch, channels, "
@@ -183,10 +163,9 @@ def check_rank(x: Tensor, dims: int) -> None:
 
 @torch.jit.unused
 def is_traced_or_exported() -> bool:
-    """Whether torch traces or exports at the moment (scripting compiles: ask `torch.jit.is_scripting` where it counts).
+    """Whether torch traces or exports: then the result must be a graph of ordinary operators, valid at every size.
 
-    Returns:
-        True where the result must be a graph of ordinary operators, valid at every size.
+    Scripting compiles: ask `torch.jit.is_scripting` where it counts.
     """
     # torch 2.6 has no is_exporting: there torch.compile gets this form too.
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -280,14 +259,7 @@ def first_maximum_mask(x: Tensor, window: list[int], ceil_mode: bool) -> Tensor:
 
 
 def largest_exact_key(dtype: torch.dtype) -> int:
-    """Cells of the largest window whose keys, and halves between them, are exact.
-
-    Args:
-        dtype: type of the map.
-
-    Returns:
-        A power of 2.
-    """
+    """Cells of the largest window whose keys, and halves between them, are exact in this type: a power of 2."""
     # 2 to the number of significant bits less one (IEEE 754; bfloat16 has 8): up to it halves are exact.
     if dtype == torch.bfloat16:
         return 128
@@ -377,15 +349,7 @@ def upsample(z: Tensor, window: list[int], size: list[int], fill: float = 0.0) -
 
 
 def window_keys(x: Tensor, window: list[int]) -> Tensor:
-    """Keys e²…1 of the cells of each window.
-
-    Args:
-        x: map that they are for.
-        window: window size along each of one to three spatial axes.
-
-    Returns:
-        (*spatial), in the type of `x`.
-    """
+    """Keys e²…1 of the cells of each window of `x` (N, C, *spatial), one to three axes: (*spatial), in its type."""
     # Descending over the window in row-major order: the first of equal maxima has the largest key.
     cells = 1
     for e in window:

@@ -187,11 +187,7 @@ def pool_skip_modules(model: nn.Module) -> dict[str, PoolSkip]:
 
 
 def reset_pool_skip(model: nn.Module) -> None:
-    """Initialise every Pool Skip layer anew, as after an initialisation that treats all convolutions alike.
-
-    Args:
-        model: any module.
-    """
+    """Initialise every Pool Skip layer anew, as after an initialisation that treats all convolutions alike."""
     with torch.no_grad():
         for layer in pool_skip_modules(model).values():
             layer.reset_parameters()

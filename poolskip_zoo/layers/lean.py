@@ -24,14 +24,9 @@ __all__ = ["add_conv_of_window_maxima", "convolves_plainly", "trains_by_autograd
 
 @torch.jit.unused
 def trains_by_autograd(*tensors: Tensor | None) -> bool:
-    """Whether a backward through these tensors will be recorded by plain autograd.
+    """Whether a backward through these tensors will be recorded by plain autograd; None is passed over.
 
-    Args:
-        tensors: inputs and parameters; None is passed over.
-
-    Returns:
-        False where nothing is recorded, or a tensor is of a subclass, which may record it by itself (DTensor) or whose
-        results autograd takes for views (MetaTensor of MONAI).
+    Not for subclasses, which may record it by themselves (DTensor) or make what autograd takes for views (MetaTensor).
     """
     return (
         torch.is_grad_enabled()
@@ -42,13 +37,9 @@ def trains_by_autograd(*tensors: Tensor | None) -> bool:
 
 
 def convolves_plainly(conv: nn.Module) -> bool:
-    """Whether calling this convolution does nothing but `F.conv*d` of its parameters.
+    """Whether calling this module does nothing but `F.conv*d` of its parameters.
 
-    Args:
-        conv: any module.
-
-    Returns:
-        False for subclasses, parametrised or wrapped modules, other paddings, and where hooks watch the call.
+    Not for subclasses, parametrised or wrapped modules, other paddings, and where hooks watch the call.
     """
     if type(conv) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or conv.padding_mode != "zeros":
         return False

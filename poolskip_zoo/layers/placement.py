@@ -85,14 +85,7 @@ def register_placements(model_class: type[nn.Module], presets: Mapping[str, Plac
 
 
 def presets_of(model: nn.Module) -> Mapping[str, Placement]:
-    """Named placements of a model's family.
-
-    Args:
-        model: any module.
-
-    Returns:
-        Name to rules, empty for a model of no known family.
-    """
+    """Named placements of a model's family, name to rules; none for a model of no known family."""
     return next((_PRESETS[cls] for cls in type(model).__mro__ if cls in _PRESETS), {})
 
 
@@ -178,12 +171,7 @@ def _is_gate(convolution: Any, parent: nn.Module) -> bool:
 def norm_after(model: nn.Module, name: str) -> tuple[str, nn.Module] | None:
     """The norm that directly follows a module: its next sibling, or the first inside what only holds a norm.
 
-    Args:
-        model: the model.
-        name: dotted name of the module.
-
-    Returns:
-        Dotted name and module, or None.
+    Dotted name and module, or None.
     """
     parent, _, child = name.rpartition(".")
     siblings = dict(model.get_submodule(parent).named_children())

@@ -18,20 +18,14 @@ __all__ = [
 
 
 def is_traced_or_compiled() -> bool:
-    """Whether torch traces, compiles or exports: then the graph is to hold the plain pair.
-
-    Returns:
-        True while it does.
-    """
+    """Whether torch traces, compiles or exports: then the graph is to hold the plain pair."""
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def is_transformed() -> bool:
     """Whether something else than plain eager execution looks on: then torch's own operators must be what it sees.
 
-    Returns:
-        True within `torch.func` transforms, forward-mode AD and dispatch modes such as selective checkpointing's, and
-        while a graph is captured.
+    That is `torch.func`, forward-mode AD, dispatch modes such as selective checkpointing's, and the capture of a graph.
     """
     if is_traced_or_compiled() or torch._C._are_functorch_transforms_active():
         return True
@@ -44,20 +38,10 @@ def is_batched_gradient(x: Tensor | None) -> bool:
 
 
 def pool_with_indices(x: Tensor, window: list[int]) -> tuple[Tensor, Tensor]:
-    """Max pooling in ceil mode that returns flat indices, as `F.max_pool1d/2d/3d`.
+    """Max pooling (N, C, *spatial) in ceil mode: window maxima and flat int64 indices, in the memory format of `x`.
 
     On a CPU torch pools channels_last up to four times faster than the default layout, a copy included; the choice is
     the same to the bit.
-
-    Args:
-        x: floating-point tensor.
-        window: window size and stride along each of one to three spatial axes.
-
-    Shape:
-        (N, C, *spatial) to twice (N, C, *pooled).
-
-    Returns:
-        Window maxima and int64 indices, in the memory format of `x`.
     """
     dims = len(window)
     if dims == 1:
@@ -110,15 +94,9 @@ def unpool(values: Tensor, indices: Tensor, window: list[int], size: torch.Size)
 
 
 def first_cells(like: Tensor, window: list[int], size: torch.Size) -> Tensor:
-    """Flat index of each window's first cell; division of int64 indices would cost more than all the rest.
+    """Flat index of the first cell of each window of `like` (N, C, *pooled), on a map of this size: (*pooled) int64.
 
-    Args:
-        like: (N, C, *pooled).
-        window: window size along each of one to three spatial axes.
-        size: spatial size of the map.
-
-    Returns:
-        (*pooled) int64.
+    Division of int64 indices would cost more than all the rest.
     """
     cells = torch.zeros((), dtype=torch.int64, device=like.device)
     for axis, (e, length) in enumerate(zip(window, size, strict=True)):
@@ -128,12 +106,5 @@ def first_cells(like: Tensor, window: list[int], size: torch.Size) -> Tensor:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of a map come last in memory.
-
-    Args:
-        x: (N, C, *spatial).
-
-    Returns:
-        False where both layouts are the same.
-    """
+    """Whether the channels of a map (N, C, *spatial) come last in memory; not where both layouts are the same."""
     return x.dim() > 3 and x.stride(1) == 1 and not x.is_contiguous()

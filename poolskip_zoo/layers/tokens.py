@@ -82,23 +82,11 @@ class Grid(nn.Module):
         self._forget()
 
     def resize(self, height: int, width: int) -> None:
-        """Set the one size of a fixed grid.
-
-        Args:
-            height: number of rows of patches.
-            width: number of columns.
-        """
+        """Set the one size of a fixed grid, in rows and columns of patches."""
         self.height, self.width = height, width
 
     def forward(self, x: Tensor) -> Tensor:
-        """Note the size of a map of patches, unless it is fixed.
-
-        Args:
-            x: output of the patch embedding's convolution.
-
-        Returns:
-            `x` itself.
-        """
+        """Note the size of the patch embedding's map, unless it is fixed, and return the map itself."""
         if not self.fixed:
             height, width = x.shape[2], x.shape[3]
             if torch.jit.is_scripting():
@@ -111,16 +99,9 @@ class Grid(nn.Module):
         return x
 
     def find(self, tokens: int) -> tuple[int, int]:
-        """Height and width of the grid that so many tokens fill.
+        """Height and width, in patches, of the grid that so many tokens, prefix included, fill.
 
-        Args:
-            tokens: number of tokens, prefix included.
-
-        Returns:
-            Height and width in patches.
-
-        Raises:
-            RuntimeError: if the patch embedding has seen no image of so many patches.
+        Raises RuntimeError if the patch embedding has seen no image of so many patches.
         """
         if torch.jit.is_scripting():
             if self.fixed:
@@ -233,16 +214,9 @@ def _take_grid(proj: nn.Module) -> Grid:
 
 
 def check_grid(model: nn.Module) -> nn.Module:
-    """Find the part of a model whose tokens are a patch grid.
+    """Find the module with `patch_embed` and `num_prefix_tokens`: the timm ViT that a model is or holds.
 
-    Args:
-        model: a timm ViT, or a model that holds one.
-
-    Returns:
-        The module with `patch_embed` and `num_prefix_tokens`.
-
-    Raises:
-        ValueError: if there is none or more than one, or if it drops patches.
+    Raises ValueError if there is none or more than one, or if it drops patches.
     """
     found = [module for module in model.modules() if _has_grid(module)]
     name = type(model).__name__
@@ -266,16 +240,9 @@ def _has_grid(module: nn.Module) -> bool:
 
 
 def attach_grid(model: nn.Module) -> Grid:
-    """Make a model's patch embedding note its grid, and return that grid; the second call returns the same.
+    """Make a model's patch embedding note its grid, the one that all its layers share; a second call returns the same.
 
-    Args:
-        model: a timm ViT, fully built (a distilled DeiT counts its prefix tokens last), or a model that holds one.
-
-    Returns:
-        The one grid that the model's `TokenPoolSkip2d` layers share.
-
-    Raises:
-        ValueError: as `check_grid`.
+    The ViT is fully built: a distilled DeiT counts its prefix tokens last. Raises ValueError as `check_grid`.
     """
     vit: Any = check_grid(model)
     embed = vit.patch_embed
@@ -290,11 +257,7 @@ def attach_grid(model: nn.Module) -> Grid:
 
 
 def detach_grid(model: nn.Module) -> None:
-    """Undo `attach_grid`, in place; a model without a grid stays as it is.
-
-    Args:
-        model: any module.
-    """
+    """Undo `attach_grid`, in place; a model without a grid stays as it is."""
     for module in model.modules():
         if isinstance(module, GridPatchEmbed):
             if hasattr(module.proj, "pool_skip_grid"):  # and no convolution put in since

@@ -51,16 +51,9 @@ class PoolSkipModel:
 
 
 def checked_settings(pool_skip: dict[str, Any] | None) -> dict[str, Any]:
-    """Check the names in a `pool_skip` keyword.
+    """Check a `pool_skip` keyword, and copy it; None gives an empty dict.
 
-    Args:
-        pool_skip: dict of settings, or None.
-
-    Returns:
-        A new dict with the same entries.
-
-    Raises:
-        ValueError: if it is no dict, has an unknown key, or is not plain data.
+    Raises ValueError if it is no dict, has an unknown key, or is not plain data.
     """
     if pool_skip is None:
         return {}

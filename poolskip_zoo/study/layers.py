@@ -75,12 +75,7 @@ class RandomSkip2d(PoolSkip2d):
 
 
 def replace_layers(model: nn.Module, layer_class: type[PoolSkip2d]) -> None:
-    """Make every Pool Skip layer of a model one of another class, in place; parameters stay as they are.
-
-    Args:
-        model: a model with `PoolSkip2d` layers.
-        layer_class: subclass of `PoolSkip2d` without parameters of its own.
-    """
+    """Give every Pool Skip layer another class without parameters of its own, in place; parameters stay as they are."""
     for number, layer in enumerate(pool_skip_modules(model).values()):
         layer.__class__ = layer_class
         if isinstance(layer, RandomSkip2d):

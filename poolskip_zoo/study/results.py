@@ -151,15 +151,7 @@ def arm_of(name: str) -> tuple[str, str]:
 
 
 def to_csv(rows: Sequence[Run] | Sequence[LayerRow], row_class: type[Run] | type[LayerRow]) -> str:
-    """Write rows as CSV, floats in full.
-
-    Args:
-        rows: all of one class.
-        row_class: that class, whose fields are the columns.
-
-    Returns:
-        Text with a heading.
-    """
+    """Write rows of one class as CSV with a heading, its fields the columns, floats in full."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow([field.name for field in dataclasses.fields(row_class)])
@@ -168,16 +160,9 @@ def to_csv(rows: Sequence[Run] | Sequence[LayerRow], row_class: type[Run] | type
 
 
 def chosen(runs: Iterable[Run], net: str, arm: str, weight_decay: float | None = None) -> list[Run]:
-    """Runs of an arm at the setting of best held-out accuracy with the first seed.
+    """Runs of an arm, by seed, at the setting of best held-out accuracy with the first seed; none without such an arm.
 
-    Args:
-        runs: all runs.
-        net: base network.
-        arm: key of `ARMS`.
-        weight_decay: choose among the runs of this one alone.
-
-    Returns:
-        The runs by seed; none where there is no such arm.
+    `weight_decay`: choose among the runs of this one alone.
     """
     own = [run for run in runs if (run.net, run.arm) == (net, arm) and weight_decay in (None, run.weight_decay)]
     if not own:
@@ -189,15 +174,7 @@ def chosen(runs: Iterable[Run], net: str, arm: str, weight_decay: float | None =
 
 
 def decays(runs: Iterable[Run], net: str) -> list[float]:
-    """Weight decays at which a net's arms A, B and C all have several seeds.
-
-    Args:
-        runs: all runs.
-        net: base network.
-
-    Returns:
-        Weight decays, rising.
-    """
+    """Weight decays, rising, at which a net's arms A, B and C all have several seeds."""
     runs = list(runs)
     tried = sorted({run.weight_decay for run in runs if run.net == net})
     return [decay for decay in tried if all(len(chosen(runs, net, arm, decay)) > 1 for arm in COMPARED)]
@@ -206,11 +183,7 @@ def decays(runs: Iterable[Run], net: str) -> list[float]:
 def reported(runs: Iterable[Run]) -> list[Run]:
     """Runs whose accuracy on the test set counts: of each arm at its setting, of A, B and C also at each weight decay.
 
-    Args:
-        runs: all runs.
-
-    Returns:
-        Some of them; those that only served the choice of a setting are left out.
+    Those that only served the choice of a setting are left out.
     """
     runs = list(runs)
     nets = {run.net for run in runs}
@@ -317,14 +290,9 @@ def _fewer(runs: Sequence[Run], net: str, decay: float) -> tuple[float, float, f
 
 
 def summary(runs: Sequence[Run], unfinished: dict[str, str]) -> str:
-    """Verdict and tables in Markdown.
+    """Verdict and tables in Markdown, without a last line break.
 
-    Args:
-        runs: all finished runs.
-        unfinished: net to how far it is, of nets whose runs are not all finished; they have no verdict yet.
-
-    Returns:
-        Text without a last line break.
+    `unfinished`: net to how far it is, of nets whose runs are not all finished; they have no verdict yet.
     """
     nets = list(dict.fromkeys(run.net for run in runs))
     lines = ["### Verdict", ""]

@@ -69,16 +69,9 @@ def is_known(model: str) -> bool:
 
 
 def make_model(recipe: Recipe) -> nn.Module:
-    """Make the recipe's model with fresh weights.
+    """Make the recipe's model on the CPU, with fresh weights unless `model_args` ask for others.
 
-    Args:
-        recipe: the run.
-
-    Returns:
-        The model on the CPU.
-
-    Raises:
-        ValueError: if timm does not know the model or it does not take `model_args`.
+    Raises ValueError if timm does not know the model or it does not take `model_args`.
     """
     if not is_known(recipe.model):
         import difflib
@@ -93,17 +86,7 @@ def make_model(recipe: Recipe) -> nn.Module:
 def create_classifier(name: str, dataset: str, model_args: Mapping[str, Any], image_size: int = 0) -> nn.Module:
     """Make a model by a recipe's arguments, of which a base takes those of our classes too: one recipe is of both.
 
-    Args:
-        name: model name with or without tag.
-        dataset: data set whose classes and preprocessing it has.
-        model_args: keywords of `timm.create_model`.
-        image_size: pixels that the data set's images are resized to, 0 for its own.
-
-    Returns:
-        The model on the CPU, its configuration that of the data.
-
-    Raises:
-        ValueError: if the model does not take `model_args`.
+    On the CPU, configured for the data at `image_size` (0: its own); ValueError if it does not take `model_args`.
     """
     import timm
 
@@ -121,16 +104,7 @@ def create_classifier(name: str, dataset: str, model_args: Mapping[str, Any], im
 
 
 def check_output(recipe: Recipe, model: nn.Module, sizes: Iterable[Sequence[int]]) -> None:
-    """Refuse a model that does not give images of a recipe's sizes, or each of their pixels, the data set's classes.
-
-    Args:
-        recipe: the run.
-        model: its model, on the CPU.
-        sizes: heights and widths of images.
-
-    Raises:
-        ValueError: naming the size and what comes of it.
-    """
+    """Raise ValueError if a model does not give images of these sizes, or each pixel, the data set's classes."""
     for height, width in sizes:
         expected = [1, DATASETS[recipe.dataset].num_classes, *([height, width] if recipe.segments else [])]
         try:
@@ -197,16 +171,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
-    """Make timm's scheduler, a pure function of the number of updates.
-
-    Args:
-        recipe: the run.
-        optimizer: the optimizer that it drives.
-        steps_per_epoch: updates per epoch.
-
-    Returns:
-        The scheduler; call `step_update(updates)` before each update.
-    """
+    """Make timm's scheduler, a pure function of the number of updates: call `step_update(updates)` before each."""
     from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
@@ -223,14 +188,7 @@ def make_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_e
 
 
 def make_mixup(recipe: Recipe) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None:
-    """Make timm's mixup and CutMix.
-
-    Args:
-        recipe: the run.
-
-    Returns:
-        A function of images and labels that returns mixed images and soft labels, or None.
-    """
+    """Make timm's mixup and CutMix: images and labels to mixed images and soft labels; None if there is neither."""
     from timm.data import Mixup
 
     if not recipe.mixes:

@@ -159,14 +159,7 @@ def evaluate_segmentation(
 def pixel_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, void: int, **settings: Any) -> torch.Tensor:
     """Compute the cross entropy over a list of pixels, since a GPU has no repeatable kernel for maps.
 
-    Args:
-        logits: (B, C, H, W).
-        labels: (B, H, W) int64.
-        void: label of pixels that do not count.
-        settings: more keywords of `cross_entropy`.
-
-    Returns:
-        What `cross_entropy` of (B * H * W, C) logits returns.
+    `logits` is (B, C, H, W), `labels` (B, H, W) int64; `settings` are more keywords of `cross_entropy`.
     """
     rows = logits.permute(0, 2, 3, 1).reshape(-1, logits.shape[1])
     return F.cross_entropy(rows, labels.flatten(), ignore_index=void, **settings)

@@ -135,17 +135,7 @@ def _best(recipes: list[Recipe], output: Path) -> Recipe | None:
 
 
 def held_out_accuracy(metrics: dict[str, Any]) -> float:
-    """Find the score that a choice between runs goes by.
-
-    Args:
-        metrics: what a run's `metrics.json` holds.
-
-    Returns:
-        Top-1 accuracy or mIoU on held-out images, per cent.
-
-    Raises:
-        ValueError: if none were held out.
-    """
+    """Held-out top-1 or mIoU, per cent, in a `metrics.json`, to choose by; ValueError if no images were held out."""
     scores = metrics["val"]
     if not scores:
         raise ValueError(f"{metrics['name']} held out no images: there is nothing to choose by")
@@ -153,14 +143,7 @@ def held_out_accuracy(metrics: dict[str, Any]) -> float:
 
 
 def summary_name(share: tuple[int, int] = (1, 1)) -> str:
-    """Name the table of runs.
-
-    Args:
-        share: as in `load_list`.
-
-    Returns:
-        File name, one for each share.
-    """
+    """File name of the table of runs, one for each share."""
     return SUMMARY if share[1] == 1 else SUMMARY.replace(".", f"-{share[0]}of{share[1]}.")
 
 
@@ -281,14 +264,9 @@ def _agreed(value: Any) -> Any:
 
 
 def scores_on_test(folder: Path, measure: Callable[[Path], dict[str, Any]] | None) -> dict[str, Any] | None:
-    """Measure a run on the test set once: later calls read what was written.
+    """Measure a run on the test set once: later calls read what was written, or None where there is nothing.
 
-    Args:
-        folder: the run folder.
-        measure: makes its scores; None only reads.
-
-    Returns:
-        The scores, or None where there are none.
+    `measure` makes the scores; None only reads.
     """
     path = folder / "scores.json"
     if not path.exists() and measure is not None:
@@ -299,12 +277,7 @@ def scores_on_test(folder: Path, measure: Callable[[Path], dict[str, Any]] | Non
 def split_weights(folder: Path, part_size: str) -> None:
     """Leave a run's weights also as parts, the Hub's sharded form: `parts/` with an index.
 
-    Args:
-        folder: the run folder.
-        part_size: largest size of a part, such as `"16MB"`; a larger tensor has a part of its own.
-
-    Raises:
-        ValueError: if the size is not understood.
+    Parts are of at most `part_size`, such as `"16MB"`, or one larger tensor; ValueError if it is not understood.
     """
     from huggingface_hub import save_torch_state_dict
     from safetensors.torch import load_file

@@ -15,27 +15,12 @@ Row = dict[str, Any]
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically.
-
-    Args:
-        path: the file.
-        value: anything JSON takes.
-
-    Raises:
-        RuntimeError: if the disk is full.
-    """
+    """Write a JSON file atomically; RuntimeError if the disk is full."""
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def finite(value: float) -> float | None:
-    """Turn a number into what JSON takes.
-
-    Args:
-        value: the number.
-
-    Returns:
-        The number, or None of one that is not finite.
-    """
+    """Turn a number into what JSON takes: None of one that is not finite."""
     return value if math.isfinite(value) else None
 
 
@@ -55,14 +40,7 @@ class Recorder:
         self._write()
 
     def add(self, row: Row) -> None:
-        """Add the row of an epoch.
-
-        Args:
-            row: numbers by name, `epoch` and `step` among them.
-
-        Raises:
-            RuntimeError: if the disk is full.
-        """
+        """Add the row of an epoch, `epoch` and `step` among its numbers; RuntimeError if the disk is full."""
         self.history.append(row)
         self._write()
         if self._board is not None:
@@ -132,15 +110,7 @@ def has_bf16_units() -> bool:
 
 
 def hardware(device: torch.device, processes: int) -> str:
-    """Name the hardware in one line.
-
-    Args:
-        device: the training device.
-        processes: number of processes.
-
-    Returns:
-        For example `NVIDIA H100 80GB HBM3` or `AMD EPYC 9654 (CPU, 2 threads)`.
-    """
+    """Name the hardware in one line: `NVIDIA H100 80GB HBM3` or `AMD EPYC 9654 (CPU, 2 threads)`."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -161,11 +131,7 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """List the versions that a result depends on.
-
-    Returns:
-        Version by package name.
-    """
+    """Versions that a result depends on, by name: Python, system and packages."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}

@@ -227,17 +227,7 @@ def read_yaml(text: str) -> Any:
 
 
 def read_file(path: Path) -> Any:
-    """Read a YAML file as `read_yaml` does.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Plain data.
-
-    Raises:
-        ValueError: if it is no YAML.
-    """
+    """Read a YAML file as `read_yaml` does; ValueError if it is no YAML."""
     try:
         return read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:  # ValueError: of bytes that are no text, and a date that is none

@@ -17,18 +17,9 @@ from .state import run_folder
 
 
 def init_file(recipe: Recipe, output: Path) -> Path:
-    """Find the weights that a recipe names.
+    """Find the weights that `init` names: a path, the finished run of that name and the same seed, or a checkpoint.
 
-    Args:
-        recipe: the run, with `init`.
-        output: folder of run folders.
-
-    Returns:
-        A safetensors file: of the finished run of that name and the same seed, of the zoo's checkpoint, or at the path.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        RuntimeError: if it is a checkpoint whose weights cannot be had.
+    Raises FileNotFoundError if there are none, RuntimeError if a checkpoint's cannot be had.
     """
     path = Path(recipe.init)
     if path.is_file():
@@ -83,15 +74,7 @@ def init_weights(path: Path, model: nn.Module) -> tuple[dict[str, torch.Tensor],
 
 
 def init_seconds(recipe: Recipe, path: Path) -> float:
-    """Tell how long the weights that a run starts from were trained.
-
-    Args:
-        recipe: the run, with `init`.
-        path: what `init_file` found for it.
-
-    Returns:
-        Seconds by the `metrics.json` beside them or the checkpoint's record, 0 where there is neither.
-    """
+    """Seconds of training of the first weights, by the `metrics.json` beside them or their record; 0 without either."""
     metrics = path.with_name("metrics.json")
     if metrics.is_file():
         return float(json.loads(metrics.read_text(encoding="utf-8")).get("seconds", 0))

@@ -38,15 +38,7 @@ _STEP_STREAM = 98  # of random_bits: generators within a step
 
 
 def run_folder(output: str | os.PathLike[str], recipe: Recipe) -> Path:
-    """Name the folder of a run.
-
-    Args:
-        output: folder of run folders.
-        recipe: the run.
-
-    Returns:
-        `<output>/<name>-s<seed>`.
-    """
+    """Folder of a run: `<output>/<name>-s<seed>`."""
     return Path(output) / f"{recipe.name}-s{recipe.seed}"
 
 
@@ -89,17 +81,9 @@ def finished_metrics(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
 
 
 def open_folder(folder: Path, resume: bool) -> int | None:
-    """Make or clear a run folder, and keep other processes from training in it.
+    """Make or clear a run folder, and lock it until the returned descriptor is closed; None where there are no locks.
 
-    Args:
-        folder: the run folder.
-        resume: keep what a run wrote there, but for what a killed process left half-written.
-
-    Returns:
-        A file descriptor that holds the lock until it is closed or the process ends; None where there are no locks.
-
-    Raises:
-        RuntimeError: if another process trains in it, or the disk is full.
+    `resume` clears half-written files alone. RuntimeError if another process trains in it, or the disk is full.
     """
     with explain_full_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,10 +113,7 @@ def _lock(folder: Path) -> int | None:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed every global generator for one forward and backward pass (dropout, stochastic depth, mixup).
 
-    Args:
-        seed: seed of the run.
-        step: number of the pass, counted over the whole run, from 0.
-        rank: number of this process.
+    `step` is the number of the pass, counted over the whole run, from 0.
     """
     bits = int(random_bits(seed, step, np.array([rank]), _STEP_STREAM)[0])
     random.seed(bits)
@@ -141,14 +122,9 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write the state of a run.
+    """Write a run's state: tensors, numbers, strings, lists and dicts alone, so that it loads without pickled code.
 
-    Args:
-        folder: the run folder.
-        state: tensors, numbers, strings, lists and dicts alone, so that it loads without pickled code.
-
-    Raises:
-        RuntimeError: if the disk is full; the last checkpoint is intact.
+    Raises RuntimeError if the disk is full; the last checkpoint is intact.
     """
     buffer = io.BytesIO()  # torch.save straight to a full disk fails with an internal error instead of ENOSPC
     torch.save(state, buffer)
@@ -158,17 +134,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Read the state of a run.
-
-    Args:
-        folder: the run folder.
-
-    Returns:
-        The state, or None where there is none.
-
-    Raises:
-        RuntimeError: if the file is damaged.
-    """
+    """Read the state of a run, None where there is none; RuntimeError if the file is damaged."""
     path = folder / CHECKPOINT
     if not path.exists():
         return None
@@ -182,15 +148,9 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def save_weights(path: Path, model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Write a model's state as safetensors.
+    """Write a model's state as safetensors, floating-point tensors as `dtype` unless one would overflow in it.
 
-    Args:
-        path: the file.
-        model: the model.
-        dtype: type of floating-point tensors; one that would overflow in it stays as it is.
-
-    Raises:
-        RuntimeError: if the disk is full.
+    Raises RuntimeError if the disk is full.
     """
     from safetensors.torch import save
 

@@ -161,14 +161,7 @@ class Segmentation(_Task):
 
 
 def make_task(recipe: Recipe) -> Classification | Segmentation:
-    """Make the task of a recipe's data set.
-
-    Args:
-        recipe: the run.
-
-    Returns:
-        The task.
-    """
+    """Make the task of a recipe's data set."""
     return Segmentation(recipe) if recipe.segments else Classification(recipe)
 
 
@@ -211,16 +204,9 @@ class SegmentationLoss(nn.Module):
 
 
 def balanced_weights(scenes: Scenes, classes: int) -> torch.Tensor:
-    """Weigh classes by the median frequency over their own (Eigen and Fergus 2015, as SegNet's training).
+    """Weigh classes by the median frequency over their own (Eigen and Fergus 2015, as SegNet's training): (C,) float32.
 
-    A class's frequency is its share of the pixels of the images that it occurs in.
-
-    Args:
-        scenes: training images; all labels are read once.
-        classes: number of classes.
-
-    Returns:
-        (classes,) float32, 0 for a class that never occurs.
+    A class's frequency is its share of the pixels of the images that it occurs in; one that never occurs weighs 0.
     """
     counts = torch.tensor([count[:classes].tolist() for count in scenes.count_labels()], dtype=torch.float64)
     own = counts.sum(0)

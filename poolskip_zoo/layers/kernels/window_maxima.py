@@ -17,20 +17,9 @@ _BLOCK = 512  # windows per program
 
 
 def pool(x: Tensor, window: list[int], offset_type: torch.dtype, fill: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Max pooling in ceil mode.
+    """Max pooling in ceil mode of (N, C, H, W), contiguous or channels_last, to (N, C, ceil(H / e), ceil(W / e)).
 
-    Args:
-        x: a map, contiguous or channels_last.
-        window: height and width of a window.
-        offset_type: integer type of the offsets.
-        fill: whether to make the sparse map in the same pass.
-
-    Shape:
-        (N, C, H, W) to twice (N, C, ceil(H / e), ceil(W / e)) and (N, C, H, W).
-
-    Returns:
-        Window maxima; the distance of each one's flat index from that of its window's first cell; and the window maxima
-        at their places, zero elsewhere, or None.
+    Values, offsets (flat indices less those of the windows' first cells), and with `fill` the sparse map, else None.
     """
     values = _empty_like(x, _pooled(x, window))
     offsets = torch.empty_like(values, dtype=offset_type)
@@ -40,18 +29,7 @@ def pool(x: Tensor, window: list[int], offset_type: torch.dtype, fill: bool) -> 
 
 
 def maxima(x: Tensor, window: list[int]) -> Tensor:
-    """Window maxima at their places, zero elsewhere, in one pass.
-
-    Args:
-        x: a map, contiguous or channels_last.
-        window: height and width of a window.
-
-    Shape:
-        (N, C, H, W), the output alike.
-
-    Returns:
-        The sparse map.
-    """
+    """Window maxima of (N, C, H, W), contiguous or channels_last, at their places, zero elsewhere, in one pass."""
     u = torch.empty_like(x)
     _launch(_pool_kernel, x, window, None, None, u)
     return u
@@ -60,18 +38,7 @@ def maxima(x: Tensor, window: list[int]) -> Tensor:
 def scatter(values: Tensor, offsets: Tensor, window: list[int], size: torch.Size, base: Tensor | None = None) -> Tensor:
     """Put values at their offsets, zero elsewhere, and add a map: in the same pass if it has the result's layout.
 
-    Args:
-        values: one per window, in the layout of the offsets.
-        offsets: as `pool` returns them.
-        window: height and width of a window.
-        size: height and width of the map.
-        base: the map to add, (N, C, H, W) in the type of the values, or None.
-
-    Shape:
-        (N, C, ceil(H / e), ceil(W / e)) to (N, C, H, W).
-
-    Returns:
-        The map.
+    Values, one per window in the layout of `pool`'s offsets, and `base` have one type; `base` is (N, C, *size).
     """
     u = _empty_like(values, list(size))
     fused = base is not None and base.dtype == u.dtype and base.stride() == u.stride()
@@ -80,19 +47,7 @@ def scatter(values: Tensor, offsets: Tensor, window: list[int], size: torch.Size
 
 
 def gather(u: Tensor, offsets: Tensor, window: list[int]) -> Tensor:
-    """Read a map at the offsets.
-
-    Args:
-        u: a map, in the layout of the offsets.
-        offsets: as `pool` returns them.
-        window: height and width of a window.
-
-    Shape:
-        (N, C, H, W) to (N, C, ceil(H / e), ceil(W / e)).
-
-    Returns:
-        One value per window.
-    """
+    """Read a map (N, C, H, W) at the offsets that `pool` returns, in their layout: one value per window."""
     values = torch.empty_like(offsets, dtype=u.dtype)
     _launch(_gather_kernel, u, window, values, offsets)
     return values

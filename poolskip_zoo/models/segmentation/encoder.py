@@ -40,9 +40,6 @@ class TimmEncoder(nn.Module, EncoderMixin):
 
         smp's own version gives every convolution that it finds the dilation of its stage, Pool Skip's 3×3 included,
         which changes the function.
-
-        Args:
-            output_stride: as given to `build_encoder`.
         """
 
 

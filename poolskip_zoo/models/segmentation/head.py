@@ -32,16 +32,7 @@ class PoolSkipHead(SegmentationModel):
 
 
 def check_encoder(encoder: nn.Module, name: str, kwargs: dict[str, Any]) -> None:
-    """Refuse keywords that smp drops without a word: only timm's encoders take any.
-
-    Args:
-        encoder: what smp built.
-        name: its name.
-        kwargs: keywords of the model that are none of its own.
-
-    Raises:
-        ValueError: if there are keywords, not None, for an encoder that takes none.
-    """
+    """Raise ValueError for keywords, not None, that smp would drop without a word: only timm's encoders take any."""
     ignored = sorted(key for key, value in kwargs.items() if value is not None)
     if ignored and not isinstance(encoder, (TimmEncoder, TimmUniversalEncoder)):
         raise ValueError(f"unknown keyword {', '.join(ignored)}: the encoder {name!r} takes none")
