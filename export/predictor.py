@@ -172,7 +172,8 @@ def _load_openvino(path: str) -> tuple[Run, str | None, int]:
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit("usage: python poolskip_predictor.py MODEL IMAGE…")
-    sys.stdout.reconfigure(errors="replace")  # a console may lack letters of a path or a label
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a console may lack letters of a path or a label
     predictor = Predictor(sys.argv[1])
     for name in sys.argv[2:]:
         found = predictor(name)
