@@ -65,6 +65,13 @@ def test_info_json(capsys):
     assert "resnet18_poolskip.a1_in1k" in facts["warm_starts"]
 
 
+def test_info_of_a_tag_is_of_its_own_images(capsys):
+    """And not of those of the first tag, which the bare name stands for."""
+    for name, size in (("resnet50_poolskip", 64), ("resnet50_poolskip.a1_in1k", 224)):
+        assert main(["info", name, "--json", "--no-latency"]) == 0
+        assert json.loads(capsys.readouterr().out)["input_size"] == [3, size, size]
+
+
 def test_a_stream_without_the_sign_gets_another(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
@@ -181,6 +188,14 @@ def test_mistakes_end_in_one_line(arguments, said, capsys):
     assert error.startswith("poolskip: error: ")
     assert error.count("\n") == 1
     assert said in error
+
+
+def test_limits_of_a_run_are_given_in_minutes_and_steps(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("poolskip_zoo.training.train", lambda *args, **settings: seen.update(settings))
+    limits = ["--limit-minutes", "2", "--limit-steps", "5", "--checkpoint-steps", "3"]
+    assert main(["train", "resnet20_cifar.c10", *limits]) == 0
+    assert (seen["limit_seconds"], seen["limit_steps"], seen["checkpoint_steps"]) == (120, 5, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,21 @@
 """`poolskip diagnose`: models by name, file, folder or function; images; mistakes."""
 
 import json
+import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
+from torch import nn
 
 import poolskip_zoo
 from poolskip_zoo.cli import main
-from poolskip_zoo.cli.subject import load
+from poolskip_zoo.cli.images import image_batches
+from poolskip_zoo.cli.subject import Subject, load
+from poolskip_zoo.data import DATASETS, datasets, load_split
 
 
 @pytest.fixture
@@ -85,18 +90,32 @@ def test_command_takes_what_a_function_makes(call, convolutions, capsys, tmp_pat
     assert "" not in sys.path
 
 
-def test_command_shows_held_out_images(run_folder, capsys, monkeypatch):
-    from poolskip_zoo.data import datasets
-
-    images = torch.randint(0, 256, (40, 32, 32, 3), dtype=torch.uint8).numpy()
-    labels = torch.arange(40).remainder(10).numpy()
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """Forty training images, each of a brightness of its own."""
+    images = np.broadcast_to(np.arange(0, 240, 6, dtype=np.uint8).reshape(40, 1, 1, 1), (40, 32, 32, 3))
+    labels = np.arange(40) % 10
 
     def read(folder, test, download):
         assert not test
         return images, labels, list("abcdefghij")
 
     monkeypatch.setitem(datasets._READERS, "cifar10", read)
-    monkeypatch.setenv("POOLSKIP_DATA_DIR", str(run_folder))
+    monkeypatch.setenv("POOLSKIP_DATA_DIR", str(tmp_path))
+
+
+@pytest.mark.usefixtures("cifar10")
+def test_images_are_spread_evenly_over_what_was_held_out():
+    held_out = load_split("cifar10", "val", hold_out=9).images[:, 0, 0, 0]
+    subject = Subject("none of timm's", nn.Conv2d(3, 4, 3), "fresh", "cifar10")
+    (shown,) = image_batches(subject, None, 3, torch.device("cpu"), 9)
+    info = DATASETS["cifar10"]
+    expected = (held_out[[0, 4, 8]] / 255 - info.mean[0]) / info.std[0]
+    torch.testing.assert_close(shown[:, 0, 16, 16], expected)
+
+
+@pytest.mark.usefixtures("cifar10")
+def test_command_shows_held_out_images(run_folder, capsys):
     arguments = ["diagnose", str(run_folder), "--compare", "test_resnet_cifar", "--json"]
     assert main(arguments) == 0
     run, fresh = json.loads(capsys.readouterr().out)["models"]
@@ -110,6 +129,12 @@ def test_command_shows_held_out_images(run_folder, capsys, monkeypatch):
     assert main(["diagnose", str(run_folder), "--compare", "torch.nn:Conv2d(3, 4, 3)", "--json"]) == 0
     other = json.loads(capsys.readouterr().out)["models"][1]
     assert (other["images"], other["layers"][0]["gradient"]) == (2, None)
+    # Of two runs that held out other numbers of images both are shown what neither was trained on.
+    more = shutil.copytree(run_folder, run_folder.with_name("more"))
+    text = (more / "recipe.yaml").read_text(encoding="utf-8")
+    (more / "recipe.yaml").write_text(text.replace("hold_out: 2", "hold_out: 3"))
+    assert main(["diagnose", str(more), "--compare", str(run_folder), "--json"]) == 0
+    assert [each["images"] for each in json.loads(capsys.readouterr().out)["models"]] == [2, 2]
 
 
 def test_a_recorded_checkpoint_is_shown_what_its_own_recipe_held_out():

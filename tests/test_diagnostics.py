@@ -1,4 +1,4 @@
-"""Measures of filters: planted facts are found, on models of every library."""
+"""The diagnosis of a model: planted facts are found, on models of every library."""
 
 import json
 import math
@@ -7,17 +7,10 @@ from functools import partial
 import pytest
 import timm
 import torch
+from timm.layers import StdConv2d
 from torch import nn
 
 from poolskip_zoo.diagnostics import diagnose, draw, table
-from poolskip_zoo.diagnostics.measures import (
-    filters_of,
-    l2_l1,
-    orthogonality,
-    small_weights,
-    sparsity,
-    variance_entropy,
-)
 from poolskip_zoo.layers import PoolSkip2d, add_pool_skip
 
 
@@ -28,65 +21,6 @@ def seeded():
 
 def by_name(found):
     return {layer.name: layer for layer in found.layers}
-
-
-# --- measures of one convolution
-
-
-def test_l2_l1_between_its_bounds():
-    assert l2_l1(torch.full((2, 3, 3), -0.5)) == pytest.approx(1 / math.sqrt(18))
-    assert l2_l1(torch.tensor([0.0, 0.0, 7.0])) == 1
-    assert l2_l1(torch.zeros(4)) is None
-
-
-def test_sparse_kernels_are_below_a_hundredth_of_the_largest_weight():
-    kernels = torch.zeros(2, 2, 3, 3)
-    kernels[0, 0, 1, 1] = 1
-    kernels[0, 1, 2, 0] = -0.011
-    kernels[1, 0] = 0.009
-    assert sparsity(kernels) == 0.5
-    assert sparsity(torch.zeros(2, 2, 3, 3)) == 1
-
-
-def test_variance_entropy_counts_equal_directions():
-    kernels = torch.cat([torch.eye(9)[:4], -torch.eye(9)[:4]]).view(4, 2, 3, 3)
-    assert variance_entropy(kernels) == pytest.approx(math.log10(4))
-    assert variance_entropy(torch.randn(200, 200, 3, 3)) == pytest.approx(math.log10(9), abs=1e-3)
-    assert variance_entropy(torch.ones(5, 1, 3, 3)) == 0
-    assert variance_entropy(torch.randn(1, 1, 3, 3)) is None
-
-
-def test_orthogonality_within_groups():
-    half = math.sqrt(0.5)
-    rows = torch.tensor([[1.0, 0.0], [half, half], [0.0, 2.0]])
-    assert orthogonality(rows) == pytest.approx(1 - 2 * half / 3)
-    # In two groups the parallel filters of different groups do not meet.
-    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
-    assert orthogonality(rows, groups=2) == 1
-    assert orthogonality(rows) == pytest.approx(1 - 2 / 6)
-    assert orthogonality(rows, groups=4) is None
-
-
-def test_small_weights_at_the_threshold():
-    filters = torch.ones(1000, 1, 3, 3)
-    filters[3], filters[5], filters[7] = 0, 0.0099, 0.0102
-    assert small_weights(filters) == [3, 5]
-    assert small_weights(torch.zeros(2, 1, 3, 3)) == [0, 1]
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_transposed_weights_are_turned(groups):
-    module = nn.ConvTranspose2d(4, 6, 3, groups=groups, bias=False)
-    before = module(torch.randn(1, 4, 5, 5))
-    silent = filters_of(module.weight, module)
-    assert silent.shape == (6, 4 // groups, 3, 3)
-    with torch.no_grad():
-        # Output channel 4 is the second of the second group, or the fifth of one.
-        module.weight[4 // groups * (groups - 1) :, 4 % (6 // groups)] = 0
-    assert diagnose(nn.Sequential(module)).layers[0].inert == [4]
-    after = module(torch.randn(1, 4, 5, 5))
-    assert before[:, 4].any()
-    assert not after[:, 4].any()
 
 
 # --- models
@@ -149,6 +83,24 @@ def test_a_small_filter_that_its_norm_makes_up_for_is_not_inert(norm):
     (layer,) = diagnose(net, [torch.randn(8, 3, 16, 16)]).layers
     assert layer.inert == ([2] if norm else [1, 2])
     assert 0.4 < layer.zero_share[1] < 0.6
+
+
+def test_a_convolution_that_standardises_its_weights_has_no_small_filters():
+    net = nn.Sequential(StdConv2d(3, 8, 3), nn.ReLU())
+    with torch.no_grad():
+        net[0].weight[1] *= 0.001
+    assert diagnose(net).layers[0].inert == []
+
+
+def test_a_scale_below_zero_is_not_small():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    nn.init.constant_(net[1].weight[1:2], -1.0)
+    assert diagnose(net).layers[0].inert == []
+
+
+def test_a_norm_of_other_channels_is_not_the_convolution_s():
+    layers = diagnose(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(8))).layers
+    assert layers[0].norm is None
 
 
 def test_pool_skip_is_told_from_the_base():
@@ -280,11 +232,37 @@ def test_zeros_are_counted_behind_pool_skip():
     assert (added.kind, added.dead) == ("pool_skip", [1])
 
 
-@pytest.mark.parametrize("between", [nn.Dropout2d(), nn.FeatureAlphaDropout(), nn.LocalResponseNorm(2)])
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.Dropout2d(),
+        nn.FeatureAlphaDropout(),
+        nn.LocalResponseNorm(2),
+        Function(lambda x: x.to(torch.float64)),
+        Function(lambda x: x.to(torch.bfloat16).float()),
+        Function(lambda x: x.contiguous(memory_format=torch.channels_last)),
+    ],
+)
 def test_the_way_to_the_relu(between):
     (layer,) = diagnose(nn.Sequential(nn.Conv2d(3, 4, 3), between, nn.ReLU()), [torch.randn(2, 3, 8, 8)]).layers
     assert layer.dead is not None
     assert layer.read_elsewhere is False
+
+
+@pytest.mark.parametrize("last", [nn.Hardtanh(), Function(lambda y: torch.relu(torch.randn(2, 4, 6, 6) + y))])
+def test_what_is_no_zero_of_the_channel_is_not_counted(last):
+    """Hardtanh ends at -1, and to a map of several cells a channel of one is but a shift."""
+    (layer,) = diagnose(nn.Sequential(nn.Conv2d(3, 4, 8), last), [torch.randn(2, 3, 8, 8)]).layers
+    assert layer.zero_share is None
 
 
 def test_parametrised_weights_have_no_gradient():

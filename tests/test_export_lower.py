@@ -14,7 +14,7 @@ from torch.export import Dim
 import poolskip_zoo
 from poolskip_zoo import max_pool_unpool2d
 from poolskip_zoo.export import blocks_of, lower_unpooling
-from poolskip_zoo.layers import pool_skip_modules
+from poolskip_zoo.layers import PoolSkip2d, pool_skip_modules
 
 SIZES = ([11, 9, 7], [8, 6, 4], [5, 4, 13])
 
@@ -37,7 +37,8 @@ def test_equals_torch_to_the_bit(dims, ceil_mode, others, lowering):
     assert [(block.lowering, block.own) for block in blocks_of(lowered)] == [(lowering, not others)]
     assert any("with_indices" in name for name in targets_of(lowered)) == (lowering == "scatter")
     for size in SIZES:
-        for x in (ties(3, 4, *size[:dims]), torch.randn(1, 4, *size[:dims])):
+        random = torch.randn(1, 4, *size[:dims])
+        for x in (ties(3, 4, *size[:dims]), random, 1e-30 * random):
             assert torch.equal(lowered(x), model(x))
 
 
@@ -128,6 +129,17 @@ def pooled_twice(x):
     return unpool(z, j, y)
 
 
+def pooled_with_overlap_before(x):
+    """Whose indices nobody reads."""
+    y, _ = F.max_pool2d(x, 3, 2, 1, return_indices=True)
+    z, j = pool(y)
+    return unpool(z, j, y)
+
+
+def maxima_of_another_map(x):
+    return unpool(pool(-x)[0], pool(x)[1], x)
+
+
 def one_of_two_changed(x):
     y, i = pool(x)
     u, v = unpool(y, i, x), unpool(y, i, x)
@@ -147,6 +159,8 @@ def batched_in_between(x):
         stacked,
         one_after_the_other,
         pooled_twice,
+        pooled_with_overlap_before,
+        maxima_of_another_map,
         one_of_two_changed,
         batched_in_between,
         lambda x: max_pool_unpool2d(max_pool_unpool2d(x, 2), 3),
@@ -159,6 +173,23 @@ def test_pairs_that_meet(function, lowering):
     got, expected = lowered(x), model(x)
     assert got.shape == expected.shape
     assert torch.equal(got, expected)
+
+
+def test_unpoolings_of_one_pooling_to_two_sizes():
+    def two_sizes(x):
+        y, i = pool(x)
+        return F.max_unpool2d(y, i, 2, output_size=(9, 8)), F.max_unpool2d(y, i, 2, output_size=(8, 8))
+
+    model, x = Function(two_sizes).eval(), ties(2, 3, 9, 8)
+    for got, expected in zip(lower_unpooling(model, x, dynamic_shapes=None)(x), model(x), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_what_is_captured_afterwards_is_as_before():
+    """Only while it lowers are the layers captured with torch's own pair."""
+    net, x = PoolSkip2d(4).eval(), torch.randn(1, 4, 8, 8)
+    assert len(blocks_of(lower_unpooling(net, x))) == 1
+    assert "unpool" not in str(torch.export.export(net, (x,), strict=False).graph)
 
 
 def test_branches_of_the_graph_are_not_passed_over():
@@ -211,6 +242,7 @@ def test_deterministic_mode_is_lowered_too(deterministic):
     model = enliven(timm.create_model("test_resnet_poolskip")).eval()
     lowered = lower_unpooling(model, torch.randn(2, 3, 64, 64), dynamic_shapes=None)
     assert len(blocks_of(lowered)) == len(pool_skip_modules(model))
+    assert torch.are_deterministic_algorithms_enabled()
 
 
 # --- what has no keys
@@ -282,6 +314,12 @@ class Computed(nn.Module):
         return F.max_unpool2d(y, indices, 2, output_size=x.shape[2:]) + (indices % 2).sum()
 
 
+class ComputedOfACopy(nn.Module):
+    def forward(self, x):
+        y, indices = F.max_pool2d(x, 2, return_indices=True)
+        return F.max_unpool2d(y, indices, 2, output_size=x.shape[2:]) + (indices.clone() % 2).sum()
+
+
 class Elsewhere(nn.Module):
     def forward(self, x):
         y, indices = F.max_pool2d(x, 2, return_indices=True)
@@ -289,7 +327,13 @@ class Elsewhere(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "says"), [(Leaves(), "leave the model"), (Computed(), "are computed with"), (Elsewhere(), "come from")]
+    ("model", "says"),
+    [
+        (Leaves(), "leave the model"),
+        (Computed(), "are computed with"),
+        (ComputedOfACopy(), "are computed with"),
+        (Elsewhere(), "come from"),
+    ],
 )
 def test_indices_that_are_needed(model, says):
     x = torch.randn(2, 3, 9, 7)

@@ -59,7 +59,8 @@ def test_open_sizes(tmp_path, options, lowerings, has):
     report = to_onnx(model, torch.randn(1, 3, 32, 32), path, dynamic=OPEN, **options)
     assert sorted(each.name for each in tmp_path.iterdir()) == sorted(FILES)
     assert [block["lowering"] for block in report["blocks"]] == lowerings
-    assert report["bit_comparisons"] >= 2
+    # Three kinds of numbers at three sizes; of indices one.
+    assert report["bit_comparisons"] == 2 * (1 if lowerings[0] == "scatter" else 9)
     assert report["outputs"]["max_relative_error"] <= 1e-3
     assert report["outputs"]["agreement"] >= 0.995
     assert json.loads((tmp_path / "net.onnx.json").read_text(encoding="utf-8")) == json.loads(json.dumps(report))
@@ -109,7 +110,7 @@ def test_float16(tmp_path):
     model = enliven(timm.create_model("test_resnet_poolskip")).eval()
     report = to_onnx(model, torch.randn(1, 3, 64, 64), tmp_path / "net.onnx", half=True, dynamic=())
     assert report["half"]
-    assert report["bit_comparisons"] > 0
+    assert report["bit_comparisons"] == 3 * len(pool_skip_modules(model))
     assert report["beside_float32"]["max_relative_error"] < 0.1
     types = {each.data_type for each in onnx.load(tmp_path / "net.onnx").graph.initializer}
     assert onnx.TensorProto.FLOAT16 in types
@@ -381,7 +382,10 @@ def test_options_are_checked(tmp_path, options, says):
 
 
 def test_ncnn_has_its_few_operators(tmp_path):
-    to_onnx(PairNet(2).eval(), torch.randn(1, 4, 9, 8), tmp_path / "net.onnx", "ncnn")
+    model = PairNet(2).eval()
+    to_onnx(model, torch.randn(1, 4, 9, 8), tmp_path / "net.onnx", "ncnn")
+    tiny = 1e-30 * torch.randn(1, 4, 9, 8)  # by which the maxima differ
+    torch.testing.assert_close(run(tmp_path / "net.onnx", tiny), model(tiny).detach())
     allowed = {"MaxPool", "Conv", "Resize", "Slice", "Pad", "Sub", "Mul", "Min", "Relu", "Add", "Constant"}
     assert set(operators(tmp_path / "net.onnx")) <= allowed
 

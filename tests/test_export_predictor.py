@@ -48,7 +48,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Files wider, taller and smaller than the crop, and of other modes."""
+    """Files wider, taller and smaller than the crop, of other modes, and turned."""
     folder = tmp_path_factory.mktemp("pictures")
     image = read_image(sample_paths()[0])
     files = []
@@ -59,6 +59,12 @@ def pictures(tmp_path_factory):
     image.convert("P").save(files[-1])
     files.append(folder / "16 bits.png")
     Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(files[-1])
+    files.append(folder / "32 bits.tif")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.int32) * 257).save(files[-1])
+    files.append(folder / "turned.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: turn by 90° to show
+    image.resize((300, 201)).save(files[-1], exif=exif)
     return files
 
 
@@ -158,6 +164,13 @@ def test_masks_and_openvino_files(tmp_path, pictures):
     assert mask.shape == (201, 300)
     assert set(np.unique(mask)) <= {0, 1, 2}
     assert (torch.from_numpy(mask.copy()) == expected).float().mean() > 0.995
+
+
+def test_a_mask_of_one_channel_is_where_that_is_above_zero(exported):
+    predictor = Predictor(exported[1] / "net.onnx")
+    predictor.metadata.update(task="segmentation", input_size=[3, 2, 2])
+    predictor._run = lambda array: [np.array([[[[1.0, -1.0], [-1.0, 2.0]]]], np.float32)]
+    assert predictor(Image.new("RGB", (4, 2))).tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
 
 
 def test_files_that_are_none_of_ours(tmp_path):

@@ -267,6 +267,20 @@ def test_a_trace_that_froze_a_size_says_so(tmp_path):
     assert to_torchscript(model, x, tmp_path / "net.pt", dynamic=())["outputs"]["max_relative_error"] <= 1e-4
 
 
+class Signs(torch.nn.Module):
+    """Its path is chosen by the numbers, of which a trace knows one choice."""
+
+    def forward(self, x):
+        return x if x.abs().max() < 1.5 else 2 * x
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_of_fixed_sizes_is_tried_on_other_numbers(tmp_path):
+    with pytest.raises(RuntimeError, match="is not kept"):
+        to_torchscript(Signs().eval(), torch.ones(1, 3, 4, 4), tmp_path / "net.pt", dynamic=())
+    assert not list(tmp_path.iterdir())
+
+
 class DropIn(torch.nn.Module):
     def __init__(self):
         super().__init__()

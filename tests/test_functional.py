@@ -167,22 +167,17 @@ def test_memory_format_is_kept(dims, mode):
 
 
 @every_rank
-def test_shapes(dims):
-    for shape in [(2, 3, *[7] * dims), (1, 1, *[1] * dims), (0, 3, *[4] * dims), (3, *[5] * dims)]:
-        for window in (1, 2, 9, tuple(range(2, 2 + dims))):
-            assert OPS[dims](torch.randn(shape), window).shape == shape
-
-
-@every_rank
 def test_an_int_is_the_same_window_along_every_axis(dims):
     x = torch.randn(2, 3, *[7] * dims)
     assert torch.equal(OPS[dims](x, 3), OPS[dims](x, (3,) * dims))
     assert torch.equal(OPS[dims](x, 3), OPS[dims](x, [3] * dims))
 
 
-def test_window_of_one_keeps_everything():
-    x = values((2, 3, 5, 4), "special", torch.float32, 0)
-    assert_same_bits(max_pool_unpool2d(x, 1), x)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_autocast_keeps_the_type_of_the_map(layout):
+    x = torch.randn(2, 4, 6, 6).bfloat16().contiguous(memory_format=layout)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits(max_pool_unpool2d(x, 2), stock(x.contiguous(), (2, 2)).bfloat16())
 
 
 @every_rank

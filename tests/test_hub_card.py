@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -207,7 +208,7 @@ def test_verify_computes_the_golden_output(trained, capsys):
     record, folder = trained
     stored = load_file(folder / "golden.safetensors")
     assert stored["input"].shape == (2, 3, 32, 32)
-    for change, fine in ((GOLDEN_TOLERANCE / 5, True), (GOLDEN_TOLERANCE * 5, False)):
+    for change, fine in ((GOLDEN_TOLERANCE / 5, True), (math.nan, False), (GOLDEN_TOLERANCE * 5, False)):
         output = stored["output"] * (1 + change)
         (folder / "golden.safetensors").unlink()
         save_file({"input": stored["input"], "output": output}, folder / "golden.safetensors")
@@ -354,13 +355,17 @@ def test_weights_that_are_too_large_leave_a_card_alone(finished, tmp_path, capsy
 
 @pytest.mark.usefixtures("shipped")
 @pytest.mark.parametrize(
-    "wrong", ["recipe", "scores", "no score", "list", "cut", "weights", "nan", "unfinished", "short", "damaged", "path"]
+    "wrong",
+    ["recipe", "scores", "data", "no score", "list", "cut", "weights", "nan", "unfinished", "short", "damaged", "path"],
 )
 def test_add_refuses_what_a_card_could_not_tell(finished, tmp_path, capsys, wrong):
     if wrong == "recipe":
         (finished / "recipe.yaml").write_text(load_recipe(RECIPE, ["epochs=7", "lr=0.3"]).to_yaml())
     elif wrong == "scores":
         (tmp_path / "scores.json").write_text('{"name": "resnet20_cifar", "dataset": "cifar10_jpeg", "top1": 1}')
+    elif wrong == "data":
+        scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+        (tmp_path / "scores.json").write_text(json.dumps({**scores, "dataset": "cifar100"}))
     elif wrong == "no score":
         scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
         (tmp_path / "scores.json").write_text(json.dumps({**scores, "top1": float("nan")}))
@@ -385,6 +390,7 @@ def test_add_refuses_what_a_card_could_not_tell(finished, tmp_path, capsys, wron
     said = {
         "recipe": "epochs, lr differ",
         "scores": "resnet20_cifar",
+        "data": "the scores are of",
         "list": "scores.json is not what `poolskip validate … --json` prints",
         "cut": "scores.json is no JSON",
         "weights": "other weights",

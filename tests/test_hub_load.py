@@ -13,7 +13,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from hub_records import NAME
+from hub_records import NAME, make_weights
 from hub_server import set_client
 from huggingface_hub import constants
 from safetensors.torch import load_file, save
@@ -251,6 +251,13 @@ def test_hub_and_folder_names_of_timm(on_hub, made):
         assert model.pretrained_cfg["license"] == "apache-2.0"
         assert model.pretrained_cfg["tag"] == "tiny"
     assert load(f"hf-hub:{REPO}", num_classes=3)(torch.rand(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_weights_of_another_repository_are_those_that_were_asked_for(on_hub, hub, tmp_path):
+    make_weights(tmp_path / WEIGHTS, seed=1)
+    hub.put("someone/else", {WEIGHTS: (tmp_path / WEIGHTS).read_bytes()})
+    assert_is(load(pretrained_cfg_overlay={"hf_hub_id": "someone/else"}), tmp_path / WEIGHTS)
+    assert hub.requests(f"/{REPO}/") == []
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="starts processes by fork")

@@ -29,6 +29,10 @@ def test_class_names_are_of_the_head_that_there_is():
     assert not Classifier(fall).labels[0].isdigit()
 
 
+def test_a_classifier_does_not_train():
+    assert not Classifier(timm.create_model("test_resnet_cifar_poolskip").train()).model.training
+
+
 def test_half_precision():
     model = timm.create_model("resnet20_cifar_poolskip", pretrained=True)
     expected = Classifier(model)([IMAGE])[0][0]

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from insert_nets import AUTO, IMAGE, Block, Net, net, net_with_pool_skip
-from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
@@ -73,6 +73,11 @@ def test_a_depthwise_convolution_that_widens_gets_one_filter_a_channel():
     assert add_pool_skip(model)[0].groups == 12
 
 
+def test_an_ordinary_convolution_of_one_channel_is_no_depthwise_one():
+    model = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8))
+    assert add_pool_skip(model)[0].groups == 1
+
+
 @pytest.mark.parametrize("dims", [1, 3])
 def test_other_dimensions(dims):
     conv, norm = [(nn.Conv1d, nn.BatchNorm1d), (nn.Conv3d, nn.InstanceNorm3d)][dims == 3]
@@ -94,6 +99,14 @@ def test_a_family_of_ones_own():
     assert presets_of(Net()) == {}
     with pytest.raises(ValueError, match="unknown placement 'all': choose 'default', 'stem', 'auto', name patterns"):
         add_pool_skip(Family(), "all")
+
+
+def test_a_rule_of_a_class_holds_for_its_subclasses():
+    class Special(Block):
+        pass
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Special())
+    assert [p.name for p in add_pool_skip(model, Rule("*.conv1", parent="Block"))] == ["1.conv1"]
 
 
 def test_dry_run_changes_nothing_and_tells_the_truth(caplog):
@@ -131,6 +144,11 @@ def test_memory_format_follows_the_model(conv, last):
 class Mergeable(Block):
     def fuse(self):
         """Merge the convolution and its norm."""
+
+
+class Reparameterizable(Block):
+    def reparameterize(self):
+        """The same, as timm's FastViT calls it."""
 
 
 class WithFuseChild(Block):
@@ -202,15 +220,23 @@ def test_auto_takes_no_subnet_for_a_norm():
     assert len(add_pool_skip(nn.Sequential(*convs, nn.BatchNorm2d(4)))) == 1
 
 
-def test_a_convolution_that_returns_more_than_a_map_is_named():
-    class Counted(nn.Conv2d):
-        def forward(self, x):
-            return super().forward(x), x.shape[0]
+def test_auto_takes_a_norm_whose_numbers_are_frozen():
+    """They are buffers alone, and beside them it holds its activation."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), FrozenBatchNormAct2d(4))
+    assert [place.name for place in add_pool_skip(model)] == ["1"]
 
-    net = nn.Sequential(Counted(3, 4, 3))
-    add_pool_skip(net, "0")
-    with pytest.raises(TypeError, match="Counted returns a tuple: Pool Skip can only follow what returns one tensor"):
-        net(torch.zeros(1, 3, 8, 8))
+
+def test_auto_takes_a_gate_s_convolution_that_looks_around():
+    """What weighs channels is 1×1."""
+
+    class Attention(nn.Sequential):
+        pass
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Attention(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    assert [place.name for place in add_pool_skip(model)] == ["1.0"]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Attention(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    with pytest.raises(ValueError, match="no"):
+        add_pool_skip(model)
 
 
 def test_refuses_lazy_convolutions():
@@ -230,15 +256,16 @@ def test_refuses_transposed_convolutions():
 
 
 def test_refuses_what_reparameterisation_would_drop():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), Mergeable(), Block(), WithFuseChild())
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Mergeable(), Block(), WithFuseChild(), Reparameterizable())
     assert [place.name for place in add_pool_skip(model, "auto", dry_run=True)] == [
         "2.conv1",
         "2.conv2",
         "3.conv1",
         "3.conv2",
     ]
-    with pytest.raises(ValueError, match=r"module '1\.conv1' lies in Mergeable, whose re-parameterisation would drop"):
-        add_pool_skip(model, "1.conv1")
+    for place, lies in (("1.conv1", "Mergeable"), ("4.conv2", "Reparameterizable")):
+        with pytest.raises(ValueError, match=rf"module '{place}' lies in {lies}, whose re-parameterisation would drop"):
+            add_pool_skip(model, place)
 
 
 # What a model with Pool Skip must survive

@@ -312,3 +312,14 @@ def test_presets_never_hit_the_first_convolution_shortcuts_gates_or_the_classifi
         assert first not in names
         for place in names:
             assert not {"downsample", "shortcut", "se", "fc", "head", "pre_logits"} & set(place.split("."))
+
+
+def test_a_convolution_that_returns_more_than_a_map_is_named():
+    class Counted(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x), x.shape[0]
+
+    net = nn.Sequential(Counted(3, 4, 3))
+    add_pool_skip(net, "0")
+    with pytest.raises(TypeError, match="Counted returns a tuple: Pool Skip can only follow what returns one tensor"):
+        net(torch.zeros(1, 3, 8, 8))

@@ -292,6 +292,16 @@ def test_it_steps_aside_for_hooks_and_other_convolutions(lean_runs):
     assert layer.conv.parametrizations.weight.original0.grad is not None
 
 
+@pytest.mark.parametrize(
+    "register", ["register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"]
+)
+def test_every_hook_of_the_convolution_is_called(register):
+    layer, seen = PoolSkip2d(4), []
+    getattr(layer.conv, register)(lambda *args: seen.append(1))
+    layer(torch.randn(1, 4, 6, 6, requires_grad=True)).sum().backward()
+    assert seen
+
+
 def pad_circularly(conv):
     conv.padding_mode = "circular"
 

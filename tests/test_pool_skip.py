@@ -136,7 +136,10 @@ def test_device_and_dtype():
 @pytest.mark.parametrize(("dims", "memory_format"), [(2, torch.channels_last), (3, torch.channels_last_3d)])
 def test_memory_format_is_kept(dims, memory_format):
     x = torch.randn(2, 4, *[6] * dims).contiguous(memory_format=memory_format)
-    assert LAYERS[dims](4).to(memory_format=memory_format)(x).is_contiguous(memory_format=memory_format)
+    layer = LAYERS[dims](4).to(memory_format=memory_format)
+    assert layer(x).is_contiguous(memory_format=memory_format)
+    # It is that of x, also where the weights have another.
+    assert layer(x.contiguous()).is_contiguous()
 
 
 def test_autocast():
@@ -161,15 +164,16 @@ def test_gradcheck(dims):
     assert torch.autograd.gradcheck(lambda v, *_: layer(v), (x, *weights))
 
 
-def test_trains_deterministically(deterministic):
-    x = torch.randn(2, 4, 9, 9)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_trains_deterministically(deterministic, memory_format):
+    x = torch.randn(2, 4, 9, 9).to(memory_format=memory_format)
     gradients = []
     for _ in range(2):
         layer = PoolSkip2d(4)
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.fill_(0.1)
-        layer(x).square().sum().backward()
+        layer(x.requires_grad_()).square().sum().backward()
         gradients.append(layer.conv.weight.grad)
     assert torch.equal(*gradients)
 
@@ -271,18 +275,6 @@ def test_export_with_dynamic_sizes(dim, size, assert_close):
     program = torch.export.export(net, (torch.randn(2, 3, *size),), dynamic_shapes=(dynamic,)).module()
     for x in images(2):
         assert_close(program(x), net(x))
-
-
-def test_compile(assert_close):
-    torch._dynamo.reset()
-    net = Net(2, 2)
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=True)
-    for x in images(2)[:2]:
-        compiled(x).square().sum().backward()
-        got, net.pool_skip.conv.weight.grad = net.pool_skip.conv.weight.grad, None
-        net(x).square().sum().backward()
-        assert_close(got, net.pool_skip.conv.weight.grad)
-        net.zero_grad()
 
 
 def check_onnx(path, net: nn.Module, inputs: list[torch.Tensor], assert_close) -> None:

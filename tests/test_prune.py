@@ -12,6 +12,7 @@ from timm import create_model
 from torch import nn
 
 from poolskip_zoo.cli import prune as verb
+from poolskip_zoo.data import Split, load_split
 from poolskip_zoo.export import to_onnx
 from poolskip_zoo.layers import pool_skip_modules
 from poolskip_zoo.models.cifar import PadShortcut
@@ -83,6 +84,13 @@ def test_a_channel_that_pool_skip_reads_or_fills_stays() -> None:
     assert not what.removed
     assert what.left == {"layer1.0.conv1": 2, "layer1.0.conv1.pool_skip.conv": 2, "layer2.0.conv1": 1}
     assert torch.equal(pruned(X), model(X))
+    place = model.layer2[0]
+    with torch.no_grad():  # now it does not, and what it reads there is zero
+        place.conv1.pool_skip.conv.weight[3], place.conv1.pool_skip.conv.bias[3] = 0, 0
+        place.bn1.running_mean[3], place.bn1.bias[3] = 0, -0.1
+    pruned, what = prune_inert(model, X[:1])
+    assert what.removed == {"layer2.0.conv1": 1, "layer2.0.conv1.pool_skip.conv": 1}
+    torch.testing.assert_close(pruned(X), model(X), rtol=0, atol=1e-5)
 
 
 def test_residual_channels_go_where_all_branches_are_idle() -> None:
@@ -112,6 +120,25 @@ def test_dead_channels_are_found_with_images() -> None:
     pruned, what = prune_inert(model, X[:1], [X])
     assert what.removed["layer1.0.conv1"] == 1
     torch.testing.assert_close(pruned(X), model(X), rtol=0, atol=1e-5)
+
+
+def test_a_channel_that_is_constant_goes_with_its_shift() -> None:
+    """As documented: the accuracy is to be measured anew."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    with torch.no_grad():
+        model[1].weight[2], model[1].bias[2] = 0, 0.5
+    pruned, what = prune_inert(model, X[:1])
+    assert what.removed == {"0": 1}
+    # What it computes without the shift.
+    nn.init.zeros_(model[1].bias[2:3])
+    torch.testing.assert_close(pruned(X), model(X), rtol=0, atol=1e-5)
+
+
+def test_a_pruned_model_is_in_evaluation_mode() -> None:
+    model = create_model("test_resnet_cifar")
+    pruned, _ = prune_inert(model, X[:1])
+    assert not any(module.training for module in pruned.modules())
+    assert model.training
 
 
 def test_one_channel_and_the_output_always_stay() -> None:
@@ -146,10 +173,24 @@ def test_the_command(
     silence(model, "layer1.0", 1, [1, 5])
     save_file(model.state_dict(), run / "model.safetensors")
     arguments = [run, "--output", tmp_path / "net.pt2", "--json"]
+    splits: list[str] = []
+
+    def load(name: str, split: str, *folder: Any, **options: Any) -> Split:
+        splits.append(split)
+        return load_split(name, split, *folder, **options)
+
+    monkeypatch.setattr("poolskip_zoo.data.load_split", load)
     monkeypatch.delenv("POOLSKIP_DATA_DIR", raising=False)
-    assert call(verb, *arguments) == 0
-    assert "top1" not in json.loads(capsys.readouterr().out.splitlines()[-1])["after"]
+    with monkeypatch.context() as unwritten:
+        unwritten.setattr(verb, "_write", lambda *_: None)
+        assert call(verb, *arguments) == 0
+        assert "top1" not in json.loads(capsys.readouterr().out.splitlines()[-1])["after"]
+        assert splits == []
+        assert call(verb, *arguments, "--data-dir", data) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 20  # all that the run held out
+        assert splits == ["val", "test"]
     assert call(verb, *arguments, "--data-dir", data, "--images", 0) == 0
+    assert splits[2:] == ["test"]
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (facts["images"], facts["seen_in_training"]) == (0, False)
     assert facts["removed"] == {"layer1.0.conv1": 2, "layer1.0.conv1.pool_skip.conv": 2}
@@ -191,7 +232,27 @@ class TwoReaders(nn.Module):
         return self.last(y.relu()) + self.other(y)
 
 
-@pytest.mark.parametrize("other", [nn.Conv2d(8, 5, 1), lambda y: y.mean(1, keepdim=True), lambda y: y.chunk(8, 1)[3]])
+@torch.jit.script
+def negative(y: torch.Tensor) -> torch.Tensor:
+    return y.clamp(max=0.0)
+
+
+class Negative(nn.Module):
+    """Takes what the ReLU silences, by a function into which the diagnosis cannot see."""
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        return negative(y)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        nn.Conv2d(8, 5, 1),
+        lambda y: y.mean(1, keepdim=True),
+        lambda y: y.chunk(8, 1)[3],
+        nn.Sequential(Negative(), nn.Conv2d(8, 5, 1)),
+    ],
+)
 def test_a_dead_channel_that_something_else_reads_stays(other: Any) -> None:
     model = TwoReaders(other).eval()
     pruned, what = prune_inert(model, X[:1], [X])

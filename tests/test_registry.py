@@ -101,6 +101,10 @@ def test_a_variant_is_its_base_and_pool_skip(name):
     new = {k for k in variant.state_dict() if ".pool_skip." in k}
     assert new == {f"{place}.conv.{k}" for place in places for k in ("weight", "bias")}
     assert variant.feature_info == base.feature_info
+    if hasattr(base, "patch_embed"):
+        assert set(places) == {f"blocks.{i}.mlp.fc2.pool_skip" for i in range(len(base.blocks))}
+        assert variant.patch_embed.img_size == base.patch_embed.img_size
+        assert variant.blocks[0].attn.num_heads == base.blocks[0].attn.num_heads
     own = {"architecture", "hf_hub_id", "url", "tag", "custom_load", "paper_ids"}
     key = warm_or_first(name)
     if find(key) is not None:  # weights of ours, whose base may have none
@@ -167,6 +171,8 @@ def test_real_architectures_start_at_their_base(name, size, kwargs):
 def test_resnext_groups_and_window_sizes():
     layers = pool_skip_modules(timm.create_model("resnext50_32x4d_poolskip", device="meta")).values()
     assert {(layer.conv.groups, *layer.window) for layer in layers} == {(32, 4, 4)}
+    dense = timm.create_model("resnext50_32x4d_poolskip", device="meta", pool_skip={"groups": 1})
+    assert {layer.conv.groups for layer in pool_skip_modules(dense).values()} == {1}
     mixed = pool_skip_modules(timm.create_model("test_resnet_poolskip", device="meta"))
     assert {name: tuple(layer.window) for name, layer in mixed.items()} == {
         "layer1.0.conv1.pool_skip": (2, 2),
@@ -203,6 +209,13 @@ def test_configuration_for_a_data_set_keeps_what_the_architecture_decides():
     changed = cfg_for_data(cfg, "cifar10_jpeg")
     assert dataclasses.replace(cfg, input_size=(3, 32, 32)).input_size == changed.input_size
     assert (changed.first_conv, changed.classifier) == (cfg.first_conv, cfg.classifier)
+
+
+def test_configuration_of_a_retrained_model_has_nothing_of_how_the_first_weights_were_read():
+    """Neither how their images were cut, nor a loader of their own format."""
+    cfg = get_arch_pretrained_cfgs("resnet18_poolskip")["resnet18_poolskip.a1_in1k"]
+    changed = retrained_cfg(dataclasses.replace(cfg, crop_mode="squash", custom_load=True), "cifar10")
+    assert (changed.crop_mode, changed.custom_load) == ("center", False)
 
 
 @pytest.mark.parametrize(

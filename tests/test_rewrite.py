@@ -172,6 +172,16 @@ def test_padding_at_the_far_edges_is_a_partial_window(tmp_path, padded):
     same(source, tmp_path / "out.onnx", (2, 3, 9, 7))
 
 
+def test_padding_that_is_no_whole_partial_window_at_every_size_keeps_the_index_tensor(tmp_path):
+    """One row and column of padding complete a window of three at 8 pixels alone."""
+    pooling = {"kernel_shape": [3, 3], "strides": [3, 3], "pads": [0, 0, 1, 1]}
+    source = one(tmp_path / "in.onnx", ("n", 3, "h", "w"), **pooling)
+    (block,) = rewrite_onnx(source, tmp_path / "out.onnx", size=(8, 8))["blocks"]
+    assert block["lowering"] == "scatter"
+    for size in ((8, 8), (9, 7)):
+        same(source, tmp_path / "out.onnx", (2, 3, *size))
+
+
 def test_scatter_of_old_operator_sets(tmp_path):
     net = Net(2, 3, 6, 4, opset=9)
     pooled, indices = net.MaxPool("x", kernel_shape=[2, 2], strides=[2, 2], outputs=2)
@@ -210,14 +220,19 @@ def test_a_rewritten_file_can_be_rewritten(tmp_path, lowering):
 
 def test_the_file_keeps_what_it_said_of_itself(tmp_path):
     source = segnet(tmp_path / "in.onnx")
+    before = onnx.load(str(source))
+    facts = {"class_names": ["a"], "lowering": ["native"]}
+    helper.set_model_props(before, {"author": "somebody", "poolskip_zoo": json.dumps(facts)})
+    onnx.save(before, str(source))
     rewrite_onnx(source, tmp_path / "out.onnx")
-    before, after = onnx.load(str(source)), onnx.load(str(tmp_path / "out.onnx"))
+    after = onnx.load(str(tmp_path / "out.onnx"))
     assert after.producer_name == "another exporter"
     assert after.graph.input == before.graph.input
     assert [each.name for each in after.graph.output] == [each.name for each in before.graph.output]
     props = {each.key: each.value for each in after.metadata_props}
     assert props["author"] == "somebody"
-    assert json.loads(props["poolskip_zoo"])["lowering"] == ["keys"]
+    told = json.loads(props["poolskip_zoo"])
+    assert (told["class_names"], told["lowering"]) == (["a"], ["keys"])
     onnx.checker.check_model(after, full_check=True)
 
 

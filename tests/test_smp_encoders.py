@@ -329,7 +329,9 @@ def test_what_is_not_the_checkpoint_is_refused(trained, name, weights):
 def test_keywords_reach_the_model():
     encoder = get_encoder("test_resnet_poolskip", pool_skip={"pool_size": 3}, drop_path_rate=None)
     assert {tuple(m.window) for m in encoder.modules() if hasattr(m, "window")} == {(3, 3)}
-    assert get_encoder("test_vit_poolskip", weights=None, dynamic_img_size=True) is not None
+    for dynamic in (True, False):
+        encoder = get_encoder("test_vit_poolskip", weights=None, dynamic_img_size=dynamic)
+        assert encoder.model.model.dynamic_img_size == dynamic
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from contract.common import enliven
 
 from poolskip_zoo import remove_pool_skip
 from poolskip_zoo.layers import pool_skip_modules
+from poolskip_zoo.registry.segmentation import smp_config
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -149,6 +150,8 @@ def test_saved_and_loaded(head, kwargs, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert config["_model_class"] == type(model).__name__
     assert {key: config[key] for key in kwargs} == kwargs
+    model.config["encoder_weights"] = "imagenet"
+    assert smp_config(model)["encoder_weights"] is None
     # As after training from pretrained weights: these are not fetched again.
     config["encoder_weights"] = "imagenet"
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -331,6 +331,11 @@ def test_a_run_whose_arguments_a_record_carries_is_added_beside_its_base(finish,
     again = timm.create_model(f"local-dir:{cards / NAME}", pretrained=True).eval()
     x = images(ARCH, size=(32, 32))
     assert_same(again(x), net.half().float().eval()(x))
+    text = (base / "recipe.yaml").read_text(encoding="utf-8")
+    (base / "recipe.yaml").write_text(text.replace("epochs: 20", "epochs: 40"))
+    assert add(run, cards, "--base", str(base)) == 2
+    assert "epochs differ" in capsys.readouterr().err
+    (base / "recipe.yaml").write_text(text)
     (base / "scores.json").unlink()
     assert add(run, cards, "--base", str(base)) == 2
     assert "is no finished run of test_resnet.small, measured by" in capsys.readouterr().err

@@ -145,6 +145,8 @@ def test_weights_of_timm_s_scripts_need_their_data_set(run: tuple[Path, nn.Modul
     assert (found.dataset, found.input_size, found.recipe) == ("cifar10", (3, 32, 32), None)
     with pytest.raises(ValueError, match=r"last\.pth\.tar has no recipe\.yaml beside it: give its data set by --data"):
         load(ARCH, "last.pth.tar")
+    with pytest.raises(ValueError, match="give its data set by --data"):  # a bare name is of no checkpoint of ours
+        load("resnet20_cifar_poolskip", "last.pth.tar")
 
 
 def test_folders_of_timm_and_smp(run: tuple[Path, nn.Module], capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,7 +205,7 @@ def test_saved_weights_are_the_moving_average_in_float16(finished: Path) -> None
 
 
 def test_finished_run_is_not_trained_again_but_starts_over_on_demand(
-    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, finished: Path, tmp_path: Path
 ) -> None:
     before = (finished / "last.pt").stat().st_mtime_ns
     metrics = train(recipe(), data / "nowhere", finished.parent, cpu=True)

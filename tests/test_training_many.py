@@ -50,6 +50,16 @@ def test_small_numbers_in_a_list_stay_numbers(tmp_path: Path, tiny: Path) -> Non
     assert recipe.optimizer_args == {"eps": 1e-8}
 
 
+def test_a_grid_s_point_goes_before_what_is_set_for_all(tmp_path: Path, tiny: Path) -> None:
+    (tmp_path / "list.yaml").write_text(f"- {{recipe: {tiny}, set: {{lr: 0.5}}, grid: [{{lr: 0.1}}, {{lr: 0.2}}]}}")
+    assert [each.lr for each in load_list(tmp_path / "list.yaml")] == [0.1, 0.2]
+
+
+def test_a_grid_of_segmentation_chooses_by_mean_intersection_over_union() -> None:
+    metrics = {"name": "a", "val": {"miou": 1.0, "pixel_accuracy": 2.0}}
+    assert many.held_out_accuracy(metrics) == 1
+
+
 def test_shipped_lists_name_shipped_recipes() -> None:
     names = [recipe.name for recipe in load_list("c10")]
     assert names[:2] == ["resnet20_cifar.c10", "resnet20_cifar_poolskip.c10"]
@@ -105,6 +115,7 @@ def test_limit_stops_and_the_next_call_goes_on(data: Path, tmp_path: Path) -> No
     stopped, straight = load_file(tmp_path / name), load_file(tmp_path / "whole" / name)
     assert all(torch.equal(stopped[key], straight[key]) for key in straight)
     assert whole[0].metrics is not None
+    assert float(rows(tmp_path / "whole")[0]["hours"]) == round(whole[0].metrics["seconds"] / 3600, 4)
     with pytest.raises(ValueError, match="limit_seconds=-1 must"):
         train_many(recipes, data, tmp_path, limit_seconds=-1)
 

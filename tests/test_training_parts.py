@@ -38,6 +38,28 @@ def test_schedules(scheduler: str, middle: float, end: float) -> None:
     assert lr(119) == pytest.approx(end, abs=1.1e-3)
 
 
+@pytest.mark.parametrize("scheduler", ["cosine", "linear"])
+def test_the_rate_ends_at_the_least(scheduler: str) -> None:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    settings = recipe(lr=0.1, epochs=2, warmup_epochs=0, scheduler=scheduler, min_lr=0.02)
+    build.make_scheduler(settings, optimizer, 10).step_update(20)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.02)
+
+
+def test_mixing_is_as_the_recipe_says() -> None:
+    mixup = build.make_mixup(recipe(mixup=0.2, cutmix=0.0, mix_prob=0.25, label_smoothing=0.3))
+    assert mixup is not None
+    assert (mixup.mixup_alpha, mixup.cutmix_alpha) == (0.2, 0.0)
+    assert (mixup.mix_prob, mixup.label_smoothing) == (0.25, 0.3)
+    assert not recipe(mix_prob=0.0).mixes
+
+
+@pytest.mark.parametrize(("mixup", "smoothing"), [(0.2, 0.0), (0.0, 0.1)])
+def test_labels_are_smoothed_once_by_mixing_or_by_the_loss(mixup: float, smoothing: float) -> None:
+    task = make_task(recipe(mixup=mixup, cutmix=0.0, label_smoothing=0.1))
+    assert task.make_criterion().label_smoothing == smoothing
+
+
 def test_biases_and_norms_have_no_weight_decay() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     for nesterov in (True, False):
@@ -123,9 +145,11 @@ def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_weights_that_overflow_float16_stay_exact(tmp_path: Path) -> None:
     model = nn.BatchNorm1d(2)
     model.running_var.fill_(1e6)  # type: ignore[union-attr]
+    model.running_mean.fill_(-1e6)  # type: ignore[union-attr]
     save_weights(tmp_path / "w.safetensors", model, torch.float16)
     saved = load_file(tmp_path / "w.safetensors")
     assert saved["running_var"].tolist() == [1e6, 1e6]
+    assert saved["running_mean"].tolist() == [-1e6, -1e6]
     assert saved["weight"].dtype == torch.float16
     assert saved["num_batches_tracked"].dtype == torch.int64
 

@@ -9,6 +9,7 @@ import torch
 from contract.common import enliven
 from safetensors.torch import load_file
 from test_training import EVERYTHING, PLAIN, STEPS, assert_equal_runs, data, recipe  # noqa: F401  # a fixture
+from torch import nn
 
 from poolskip_zoo.layers import pool_skip_modules
 from poolskip_zoo.registry.checkpoint import find
@@ -124,3 +125,8 @@ def test_what_cannot_be_started_from_is_named(tmp_path: Path) -> None:
     save_weights(path, timm.create_model("test_resnet", num_classes=10, in_chans=1), torch.float16)
     with pytest.raises(ValueError, match=r"1 of another shape \(conv1"):
         init_weights(path, model)
+    # A head for other classes is made anew, and no model has two.
+    nets = [nn.ModuleDict({"a": nn.Linear(4, classes), "b": nn.Linear(4, classes)}) for classes in (3, 5)]
+    save_weights(path, nets[0], torch.float32)
+    with pytest.raises(ValueError, match=r"of another model: .* 4 of another shape"):
+        init_weights(path, nets[1])

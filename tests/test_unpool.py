@@ -131,6 +131,18 @@ def test_wrong_output_size(size):
         poolskip_zoo.MaxUnpool2d(2)(pooled, mask, size)
 
 
+@pytest.mark.parametrize("size", [(7, 11), (11, 8), (11, 11)])
+def test_an_output_larger_than_the_map_is_zero_beyond_it(size):
+    """Of three windows of 3 torch takes any size from 7 to 11."""
+    x = torch.randn(1, 2, 7, 7)
+    pooled, mask = poolskip_zoo.MaxPool2d(3, ceil_mode=True)(x)
+    unpool = poolskip_zoo.MaxUnpool2d(3)
+    u = unpool(pooled, mask, size)
+    assert u.shape == (1, 2, *size)
+    assert torch.equal(u[..., :7, :7], unpool(pooled, mask, x.shape))
+    assert u.count_nonzero() == pooled.numel()
+
+
 def test_mask_of_another_map():
     pooled, _ = poolskip_zoo.MaxPool2d(2)(torch.randn(1, 1, 6, 6))
     with pytest.raises(ValueError, match=r"a mask of \[12, 6\]"):
