@@ -85,7 +85,7 @@ def create(
         elif cfg.hf_hub_id == checkpoint.hub_id:
             path = local_weights(checkpoint, cache_dir)
             pretrained_cfg_overlay = {**(pretrained_cfg_overlay or {}), "file": str(path)}
-    model = build_model_with_cfg(
+    model: Any = build_model_with_cfg(
         model_class,
         variant,
         pretrained,
@@ -101,7 +101,10 @@ def create(
     )
     if carried:
         # timm adds the caller's keywords to these, and writes all of them into config.json.
-        model._model_args = carried  # type: ignore[assignment]
+        model._model_args = carried
+    names = getattr(model, "pretrained_cfg", {}).get("label_names")
+    if names and len(names) != getattr(model, "num_classes", len(names)):  # timm's inference.py would print them
+        model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "label_names": None}
     return model
 
 

@@ -249,3 +249,12 @@ def test_creating_a_model_logs_one_line(caplog):
     assert [record.getMessage() for record in caplog.records if "Pool Skip" in record.getMessage()] == [
         f"Pool Skip added at 7 places of PoolSkipResNet: {added:,} parameters"
     ]
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar", "resnet20_cifar_poolskip.c10"])
+def test_names_of_classes_are_none_of_another_number(name):
+    """By them timm's `inference.py` prints what it finds."""
+    assert len(timm.create_model(name).pretrained_cfg["label_names"]) == 10
+    model = timm.create_model(name, num_classes=3)
+    assert not model.pretrained_cfg["label_names"]
+    assert not model.default_cfg["label_names"]

@@ -46,7 +46,8 @@ class PoolSkipModel:
                 raise
             raise RuntimeError(
                 f"{error}\n\tThey have no Pool Skip. A base model's weights, with Pool Skip at zero: "
-                "timm.create_model(..., pretrained=True, pretrained_cfg_overlay={'file': PATH})"
+                "timm.create_model(..., pretrained=True, pretrained_cfg_overlay={'file': PATH}), in timm's train.py "
+                "--pretrained --pretrained-path PATH"
             ) from error
 
 
