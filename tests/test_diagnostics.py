@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from contract.common import Function
 from timm.layers import StdConv2d
 from torch import nn
 
@@ -230,15 +231,6 @@ def test_zeros_are_counted_behind_pool_skip():
     # The base's filters are inert, but Pool Skip fills the first channel.
     assert (base.inert, base.dead) == ([0, 1], [1])
     assert (added.kind, added.dead) == ("pool_skip", [1])
-
-
-class Function(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 @pytest.mark.parametrize(

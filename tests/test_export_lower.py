@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from contract.common import enliven
+from contract.common import Function, enliven
 from export_nets import PairNet, SegNet
 from torch import nn
 from torch.export import Dim
@@ -91,15 +91,6 @@ def test_maps_that_are_changed_after_their_pooling(captured):
     lowered = lower_unpooling(torch.export.export(model, (x,)) if captured else model, None if captured else x)
     assert [block.lowering for block in blocks_of(lowered)] == ["keys"]
     assert torch.equal(lowered(x), model(x))
-
-
-class Function(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 def pool(x, size=2):

@@ -75,7 +75,9 @@ class Classification(_Task):
             splits[0] = splits[0].part(recipe.train_images)
         crop, largest = (recipe.crop_size or [0])[0], min(splits[0].images.shape[1:3]) + 2 * recipe.crop_padding
         if crop > largest:
-            raise ValueError(f"crop_size={recipe.crop_size} is larger than the images with their padding, {largest}")
+            raise ValueError(
+                f"crop_size={recipe.crop_size} is larger than the images with their padding, {largest} pixels"
+            )
         red, green, blue = (round(255 * value) for value in info.mean)
         augment = Augment(
             *(recipe.seed, recipe.crop_padding, crop, recipe.flip, recipe.rand_augment, recipe.random_erasing),

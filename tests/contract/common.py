@@ -19,6 +19,17 @@ def contract(check: Check) -> Check:
     return check
 
 
+class Function(nn.Module):
+    """A function of one tensor as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
 def side(name: str) -> int:
     """Side of the images to test with: small, but what the model insists on."""
     cfg = timm.get_pretrained_cfg(name)
