@@ -125,9 +125,15 @@ def _fit(
             raise RuntimeError(f"cannot convert this checkpoint for {_name(model)}: {error}") from error
     own = model.state_dict()
     new = [key for key in own if ".pool_skip." in key]
-    if warm and new and not any(".pool_skip." in key for key in state_dict):
-        state_dict = {**state_dict, **{key: torch.zeros_like(own[key]) for key in new}}
-        _logger.info("%s is a warm start: the weights of the base model, Pool Skip at zero", _name(model))
+    if new and not any(".pool_skip." in key for key in state_dict):
+        if warm:
+            state_dict = {**state_dict, **{key: torch.zeros_like(own[key]) for key in new}}
+            _logger.info("%s is a warm start: the weights of the base model, Pool Skip at zero", _name(model))
+        elif strict:
+            raise RuntimeError(
+                f"the checkpoint does not fit {_name(model)}: it has no Pool Skip, as those of base models. To start "
+                f"from it with Pool Skip at zero, name no tag: {model.pretrained_cfg['architecture']!r}"
+            )
     if strict:
         _check_keys(state_dict, own, model, optional)
     return state_dict
