@@ -165,6 +165,6 @@ def _renew(page: Path, text: str, output: Path, pictures: list[Path]) -> None:
     files = [output / "runs.csv", *pictures]
     links = {file.name: Path(os.path.relpath(file, page.parent)).as_posix() for file in files}
     shown = [f"![{name.removesuffix('.png')}]({link})" for name, link in links.items() if name.endswith(".png")]
-    source = f"Every number is of [{links['runs.csv']}]({links['runs.csv']}), one line for each run."
+    source = f"All numbers come from [{links['runs.csv']}]({links['runs.csv']}), one line for each run."
     body = "\n\n".join([start, source, text, *shown, end])
     write_atomic(page, (before + body + after).encode())
