@@ -23,8 +23,8 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
         torch="2.14.1",
         base_scores={"top1": 48.17, "top5": 74.35, "hours": 2.84, "images_per_second": 110.6},
         base_note=(
-            "the base's run went without the first 6 of 17 epochs, those on shrunk crops (its own "
-            "`resnet50.tin200_r64_trunk64` began with `init: ''`), and came to the last 5 with 37.2 % of 2,000 "
+            "the base's run skipped the first 6 of 17 epochs, those on shrunk crops (its own "
+            "`resnet50.tin200_r64_trunk64` began with `init: ''`), and began the last 5 with 37.2 % of 2,000 "
             "held-out images right, the variant's with 42.6 %"
         ),
     ),

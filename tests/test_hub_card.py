@@ -114,14 +114,14 @@ def test_a_card_says_what_a_reader_needs(trained):
     assert namespace["logits"].shape == (1, 10)
     for said in (
         f'"hf-hub:poolskip-zoo/{NAME}"', "local-dir:", "onnx", "no formal licence; research use", "seed 3", "a CPU",
-        "0.25 hours", "123 images/s", "torch 2.9.0", "91.25", "One run with one seed", "not for the paper", "2×2",
+        "0.25 hours", "123 images/s", "torch 2.9.0", "91.25", "One run with one seed", "not to the paper", "2×2",
         "@inproceedings", "arXiv:2409.13154", "`test_resnet_cifar`, not trained", "JPEG copy",
     ):  # fmt: skip
         assert said in text, said
     recipe = yaml.safe_load(text.split("```yaml\n")[1].partition("```")[0])
     assert recipe["epochs"] == load_recipe(record.recipe).epochs
     assert not [line for line in text.partition("```")[0].splitlines()[20:] if len(line) > 120]
-    yet, done = "to be trained by the same recipe, and was not yet", "variant are trained by the same recipe"
+    yet, done = "has not been trained by this recipe yet", "variant were trained by the same recipe"
     assert (yet in text, done in text) == (True, False)
     record = dataclasses.replace(record, base_scores={"top1": 90.0, "top5": 99.0})
     text = card_text(record)
@@ -340,7 +340,7 @@ def test_weights_that_are_too_large_leave_a_card_alone(finished, tmp_path, capsy
     assert record.sha256 == ""
     assert [file.name for file in (cards / record.name).iterdir()] == ["README.md"]
     text = " ".join((cards / record.name / "README.md").read_text(encoding="utf-8").split())
-    assert "Its weights are not kept, for their size" in text
+    assert "The weights are not kept, because of their size" in text
     assert f"`poolskip validate {RECIPE} --checkpoint runs/{RECIPE}-s5/model.safetensors" in text
     assert "`test_resnet_cifar_poolskip.c10`, weights not kept | 90.10" in text
     assert "SHA256SUMS" not in text

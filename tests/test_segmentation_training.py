@@ -312,8 +312,8 @@ def test_a_pool_skip_checkpoint_has_its_twin_beside_it(monkeypatch: pytest.Monke
     for card in (base, variant):
         assert "| `deeplabv3plus_resnet18.camvid_r180` | 50.00 | 88.00 | 12.33 |" in card
         assert "| `deeplabv3plus_resnet18_poolskip.camvid_r180` | 51.50 | 88.00 | 24.87 |" in card
-    assert "not for the paper" in variant
-    assert "not for the paper" not in base
+    assert "not to the paper" in variant
+    assert "not to the paper" not in base
 
 
 def test_predict_draws_an_overlay_with_a_legend(

@@ -49,13 +49,13 @@ _ALLOWED = {
 }
 # What docs/study.md and its later lists say, to whose runs tests hold it.
 _VERDICT = (
-    "Does Pool Skip help? The zoo's own study (`docs/study.md` of the project: ResNet-20 on CIFAR-10, 1,000 steps, 3 "
-    "seeds) tests it against a convolution of x itself in the same places (C) and a deeper base of equal cost (F): it "
-    "is not shown that Pool Skip helps (B − C = -0.88 [-3.47, +1.71], B − F = +0.90 [-0.86, +2.66]; test accuracy in "
-    "points, 95 % intervals). Its mechanism, fewer inert filters, is not supported, nor was it put to the test: no run "
-    "of the study has any. Later lists: after 2,109 steps the deeper base is better, -1.90 [-2.81, -0.98] "
-    "(`docs/study_longer.md`); under a strong weight decay, which kills filters, Pool Skip has fewer inert filters "
-    "than C at one of two decays, -15.2 [-29.5, -1.0] of 688 (`docs/study_decay.md`) and in a repetition -7.8 "
+    "Does Pool Skip help? The project's own study (`docs/study.md`: ResNet-20 on CIFAR-10, 1,000 steps, 3 seeds) "
+    "compares it (B) with a convolution of x itself in the same places (C) and with a deeper base of equal cost (F): "
+    "it is not shown that Pool Skip helps (B − C = -0.88 [-3.47, +1.71], B − F = +0.90 [-0.86, +2.66]; test accuracy "
+    "in points, 95 % intervals). Its mechanism, fewer inert filters, is not supported, nor was it put to the test: no "
+    "run of the study has any. Later runs: after 2,109 steps the deeper base is better, -1.90 [-2.81, -0.98] "
+    "(`docs/study_longer.md`). Under a strong weight decay, which kills filters, Pool Skip has fewer inert filters "
+    "than C at one of two decays, -15.2 [-29.5, -1.0] of 688 (`docs/study_decay.md`), and in a repetition, -7.8 "
     "[-13.5, -2.0] (`docs/study_decay_again.md`), but not on a net without shortcuts, -26.0 [-91.9, +39.9] "
     "(`docs/study_decay_plain.md`)."
 )
@@ -207,18 +207,18 @@ def _twin(record: Checkpoint) -> tuple[str, Checkpoint | None]:
 def _what(record: Checkpoint) -> str:
     data = DATASETS[record.dataset].title
     if isinstance(record, SegmentationCheckpoint):
-        about = "Pool Skip adds to a convolution's output a 3×3 convolution of its window maxima. This is an "
-        about += "independent implementation, not the authors' weights."
+        about = "It adds to a convolution's output a 3×3 convolution of its window maxima. This is an independent "
+        about += "implementation, not the authors' weights."
         kind = (
             f"with [Pool Skip](https://arxiv.org/abs/2409.13154). {about}"
             if record.arch.endswith(SUFFIX)
-            else f"without Pool Skip, beside which `{_twin(record)[0]}.{record.tag}` is measured."
+            else f"without Pool Skip: the base to which `{_twin(record)[0]}.{record.tag}` is compared."
         )
         return _wrapped(f"Semantic segmentation, trained on {data}, {kind} {segmentation.what(record)}")
     if not record.arch.endswith(SUFFIX):
         return _wrapped(
-            f"`{record.arch}` of poolskip-zoo, trained{_origin(record)} on {data}: the base model, without Pool Skip, "
-            f"beside which `{_twin(record)[0]}.{record.tag}` is measured."
+            f"`{record.arch}` of poolskip-zoo, trained{_origin(record)} on {data}. It is the base model, without "
+            f"Pool Skip, to which `{_twin(record)[0]}.{record.tag}` is compared."
         )
     return _wrapped(
         f"`{base_name(record.arch)}` with [Pool Skip](https://arxiv.org/abs/2409.13154), trained{_origin(record)} on "
@@ -306,9 +306,9 @@ def _origin(record: Checkpoint) -> str:
 def _pair(record: Checkpoint) -> str:
     """What base and variant have in common."""
     apart = f", except that {record.base_note}" if record.base_note else ""
-    text = _wrapped(f"The base model and the variant are trained by the same recipe{apart}.")
+    text = _wrapped(f"The base model and the variant were trained by the same recipe{apart}.")
     if record.arch.endswith(SUFFIX) and not (record.base_scores or _twin(record)[1]):
-        text = "The base model is to be trained by the same recipe, and was not yet."
+        text = "The base model has not been trained by this recipe yet."
     if init := _init(record):
         first, here = [init], "with the same seed and `--output`"
         while (path := _recipe_file(first[0])).is_file():
@@ -333,22 +333,20 @@ def _limits(record: Checkpoint, model: nn.Module) -> str:
             f"{groups} {'group' if groups == 1 else 'groups'}, after {' … '.join(dict.fromkeys((names[0], names[-1])))}"
             for (window, groups), names in places.items()
         )
-        points.append(f"The numbers speak for this placement of Pool Skip, not for the paper: {where}.")
+        points.append(f"The numbers apply to this placement of Pool Skip, not to the paper: {where}.")
     if isinstance(record, SegmentationCheckpoint):
         points.append(segmentation.limit(record))
     else:
         if record.model_args:
             given = ", ".join(f"`{key}={value!r}`" for key, value in record.model_args.items())
             points.append(
-                f"It is built with {given}, which `create_model` applies where this tag is loaded; other tags of "
-                f"`{record.arch}` are built without."
+                f"It is built with {given}, which `create_model` applies when this tag is loaded; other tags of "
+                f"`{record.arch}` are built without it."
             )
-        size = "×".join(map(str, checkpoint_cfg(record).input_size[1:]))
-        points.append(
-            f"Measured on {size} images of {DATASETS[record.dataset].num_classes} classes; it knows no others."
-        )
+        size, classes = "×".join(map(str, checkpoint_cfg(record).input_size[1:])), DATASETS[record.dataset].num_classes
+        points.append(f"It was measured on {size} images, and knows only the {classes} classes of its data set.")
     if record.dataset == "cifar10_jpeg":
-        points.append("Its data are a JPEG copy: results on the original images may differ a little.")
+        points.append("The data are a JPEG copy: results on the original images may differ a little.")
     points.append(_VERDICT)
     return "\n".join(_wrapped(f"- {point}", "  ") for point in points)
 

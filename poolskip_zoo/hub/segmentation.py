@@ -17,12 +17,12 @@ import poolskip_zoo  # registers its encoders and heads with smp
 import segmentation_models_pytorch as smp
 import torch
 
-# A path of a copy of this folder does as well.
+# or the path of a copy of this folder
 model = smp.from_pretrained("{repo}").eval()
 logits = model(torch.rand(1, {shape}))  # (1, {classes}, {spatial}); height and width are multiples of 32
 ```
 
-Images are RGB, resized to a shorter side of {side}, and normalised by mean {mean} and standard deviation {std}.
+Images are RGB, resized to a shorter side of {side}, and normalised with mean {mean} and standard deviation {std}.
 `poolskip predict {name} IMAGE` does that and draws the result over the image."""
 
 
@@ -64,8 +64,8 @@ def class_table(record: SegmentationCheckpoint) -> str:
 def limit(record: SegmentationCheckpoint) -> str:
     """Say in one sentence what a segmentation model knows."""
     data = DATASETS[record.dataset]
-    size = f"a shorter side of {record.image_size} pixels" if record.image_size else "their own size"
+    size = f"with a shorter side of {record.image_size} pixels" if record.image_size else "of their own size"
     return (
-        f"Trained and measured on images of {size}, the scores at the labels' full resolution; it tells "
-        f"{data.num_classes} classes apart and knows no others."
+        f"It was trained and measured on images {size}; the scores are at the labels' full resolution. It knows only "
+        f"the {data.num_classes} classes of its data set."
     )

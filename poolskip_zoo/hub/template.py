@@ -18,11 +18,14 @@ model = timm.create_model("{name}", pretrained=True).eval()
 logits = model(torch.rand(1, {shape}))  # (1, {classes})
 ```
 
-`timm.create_model("hf-hub:{repo}", pretrained=True)` loads it from the Hub
-once it is published there, `"local-dir:FOLDER"` from a copy of this folder; both need `import poolskip_zoo` too.
-Preprocessing is timm's, by `timm.data.resolve_model_data_config(model)`. HF transformers takes the folder too, after
-the same import, by `AutoModelForImageClassification.from_pretrained(FOLDER, dtype=torch.float32)`; without `dtype` it
-computes in the file's float16. To ONNX, with any batch size:
+Other ways to load it, after the same import:
+
+- from the Hub, once it is published there: `timm.create_model("hf-hub:{repo}", pretrained=True)`;
+- from a copy of this folder: the same with `"local-dir:FOLDER"`;
+- in HF transformers: `AutoModelForImageClassification.from_pretrained(FOLDER, dtype=torch.float32)`; without `dtype` it
+  computes in the file's float16.
+
+`timm.data.resolve_model_data_config(model)` gives the preprocessing. To export to ONNX with any batch size:
 
 ```python
 sizes = ({{0: torch.export.Dim.DYNAMIC}},)
@@ -30,8 +33,8 @@ program = torch.onnx.export(model, (torch.rand(2, {shape}),), dynamic_shapes=siz
 program.save("{name}.onnx")
 ```"""
 TRAIN_FIRST = """\
-Its weights are not kept, for their size: {size:.0f} MB. The recipe below makes them again, `poolskip train` in
-`runs/{name}-s{seed}`, and `poolskip hub add` makes a checkpoint of such a run."""
+The weights are not kept, because of their size ({size:.0f} MB). `poolskip train` with the recipe below makes them again
+in `runs/{name}-s{seed}`, and `poolskip hub add` makes a checkpoint from such a run."""
 FILES_SECTION = """\
 ## Files
 
@@ -52,7 +55,7 @@ BODY = """\
 
 {results}
 
-Measured on the {split} images by `poolskip validate {measured} --data-dir DATA`. Costs are of one {size} image.
+Measured on the {split} images with `poolskip validate {measured} --data-dir DATA`. Costs are for one {size} image.
 
 ## Training
 
