@@ -60,7 +60,7 @@ def check_arguments(model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[s
     for i, value in enumerate(args, 1):
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"example: argument {i} is {type(value).__name__}, and files take tensors alone, by position: wrap the "
+                f"example: argument {i} is {type(value).__name__}, and files take only tensors, by position: wrap the "
                 "model in a module that sets the others"
             )
         if value.dtype == torch.bfloat16:
@@ -108,7 +108,7 @@ def run_at(model: nn.Module, inputs: list[tuple[Any, ...]]) -> list[tuple[Any, .
         for i, each in enumerate(outputs, 1):
             if not (each is None or isinstance(each, Tensor)):
                 raise ValueError(
-                    f"output {i} is {type(each).__name__}, and files return tensors alone: wrap the model in a module "
+                    f"output {i} is {type(each).__name__}, and files return only tensors: wrap the model in a module "
                     "that leaves it out"
                 )
     return inputs

@@ -61,7 +61,7 @@ class Predictor:
             raise ValueError(f"{path} holds no metadata of poolskip-zoo's exporter")
         self.metadata = json.loads(text)
         if batch != 1:
-            raise ValueError(f"{path} takes {batch} images at once alone: export it with the batch open, or with one")
+            raise ValueError(f"{path} takes exactly {batch} images at once: export it with the batch open, or with one")
         lacking = {"input_size", "mean", "std", "interpolation", "crop_pct"} - set(self.metadata)
         if lacking:
             raise ValueError(f"{path} does not say how images are prepared: {', '.join(sorted(lacking))} missing")

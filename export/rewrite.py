@@ -113,7 +113,7 @@ class _File:
 
         if not choice.dynamic and any(open_axes(value) for value in self.inputs):
             raise ValueError(
-                f"{self.name} leaves sizes open, and this target takes fixed sizes alone; fix them first, for example "
+                f"{self.name} leaves sizes open, and this target takes only fixed sizes; fix them first, for example "
                 "with python -m onnxruntime.tools.make_dynamic_shape_fixed"
             )
         self.found = find(self.graph, lowering == "scatter")
@@ -304,14 +304,14 @@ def _load(source: Path) -> Any:
     try:
         model = onnx.load(str(source), load_external_data=False)
     except Exception as error:
-        raise ValueError(f"{source} is no ONNX file: {verify.first_line(error)}") from error
+        raise ValueError(f"{source} is not an ONNX file: {verify.first_line(error)}") from error
     if not model.graph.node:
-        raise ValueError(f"{source} is no ONNX file: it holds no graph")
+        raise ValueError(f"{source} is not an ONNX file: it holds no graph")
     try:
         onnx.load_external_data_for_model(model, str(source.parent))
     except Exception as error:
         raise ValueError(
-            f"{source} has its weights in another file: put that beside it ({verify.first_line(error)})"
+            f"{source} has its weights in another file: put that next to it ({verify.first_line(error)})"
         ) from error
     if model.ByteSize() >= 2**31:
         raise ValueError(f"{source.name} has {model.ByteSize() / 1e9:.1f} GB with its weights: expected at most 2 GB")

@@ -116,7 +116,7 @@ def check_output(path: str | Path, *suffixes: str) -> Path:
 def check_fixed(target: str, dynamic: Sequence[str]) -> None:
     """Raise ValueError if sizes are to be open and the target has none."""
     if dynamic and not check_target(target, onnx=False).dynamic:
-        raise ValueError(f"dynamic={tuple(dynamic)!r}: {target} takes fixed sizes alone; pass dynamic=()")
+        raise ValueError(f"dynamic={tuple(dynamic)!r}: {target} takes only fixed sizes; pass dynamic=()")
 
 
 def check_mode(model: nn.Module) -> None:

@@ -50,7 +50,7 @@ def to_onnx(
         model: a module in evaluation mode, on the CPU, in float32.
         example: its positional arguments, a tensor or a tuple.
         path: file to write, `.onnx`.
-        target: one of `TARGETS`; ncnn takes fixed sizes alone. Targets whose runtime is not here are checked in ONNX
+        target: one of `TARGETS`; ncnn takes only fixed sizes. Targets whose runtime is not here are checked in ONNX
             Runtime's CPU provider.
         dynamic: axes of the inputs to leave open: `batch`, and `length`, `height`, `width` or `depth` by rank; None
             leaves the batch open where the target can.

@@ -217,7 +217,7 @@ def judge(outputs: dict[str, Any], path: Path, reference: str = "eager mode") ->
         )
     if not close and outputs["agreement"] < AGREEMENT:
         raise RuntimeError(
-            f"{path.name} is not kept: only {outputs['agreement']:.1%} of the classes equal {reference}'s (asked: "
+            f"{path.name} is not kept: only {outputs['agreement']:.1%} of the classes equal {reference}'s (required: "
             f"{AGREEMENT:.1%}); {flipped:.2%} of the windows flipped"
         )
 

@@ -49,7 +49,7 @@ def read_image(path: str | os.PathLike[str]) -> "Image":
     except FileNotFoundError:
         raise FileNotFoundError(f"no such image: {path}") from None
     except (OSError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:  # what Pillow's readers raise
-        raise ValueError(f"{path} is no image that can be read: {error}") from error
+        raise ValueError(f"{path} is not a readable image: {error}") from error
 
 
 def load_model(
@@ -101,9 +101,9 @@ def _check_config(path: Path) -> None:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or "architecture" not in config:
-        raise ValueError(f"{path} is no configuration of timm: it names no architecture")
+        raise ValueError(f"{path} is not a timm configuration: it names no architecture")
 
 
 class Classifier:
@@ -120,7 +120,7 @@ class Classifier:
         from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 
         if not hasattr(model, "pretrained_cfg"):
-            raise ValueError(f"{type(model).__name__} is no classifier of timm: it does not say what images it takes")
+            raise ValueError(f"{type(model).__name__} is not a timm classifier: it does not say what images it takes")
         if not model.num_classes:
             raise ValueError(f"{type(model).__name__} has no classifier: num_classes is 0")
         config = resolve_model_data_config(model)
@@ -253,7 +253,7 @@ class Segmenter:
         info = DATASETS.get(dataset)
         if not isinstance(info, SegmentationInfo):
             names = ", ".join(name for name, each in DATASETS.items() if isinstance(each, SegmentationInfo))
-            raise ValueError(f"{dataset!r} is no segmentation data set: one of {names}")
+            raise ValueError(f"{dataset!r} is not a segmentation data set: expected one of {names}")
         self.model, self.info, self.image_size = model.eval(), info, image_size
         self.window, self.overlap = window, overlap
         self.labels = list(info.labels or ())
@@ -278,7 +278,7 @@ class Segmenter:
 
         record = find(name)
         if not isinstance(record, SegmentationCheckpoint):
-            raise ValueError(f"{name} is no segmentation checkpoint; `poolskip list --pretrained` prints what there is")
+            raise ValueError(f"{name} is not a segmentation checkpoint; `poolskip list --pretrained` prints them")
         model = load_weights(build_recorded(record), local_weights(record))
         return cls(model, record.dataset, record.image_size, record.window, record.overlap)
 

@@ -106,7 +106,7 @@ def _roots() -> Iterator[Path]:
     if mirror:
         folder = Path(mirror).expanduser()
         if not folder.is_dir():
-            raise RuntimeError(f"{HUB_DIR_VARIABLE}={mirror!r} is no folder")
+            raise RuntimeError(f"{HUB_DIR_VARIABLE}={mirror!r} is not a folder")
         yield folder
     spec = importlib.util.find_spec("poolskip_zoo_weights")
     if spec is not None and spec.origin:
@@ -140,7 +140,7 @@ def _connect() -> None:
         raise ConnectionError("HF_HUB_OFFLINE is set and the cache has no copy")
     url, proxies = urlsplit(constants.ENDPOINT), getproxies()
     if not url.hostname:
-        raise ConnectionError(f"HF_ENDPOINT={constants.ENDPOINT!r} is no address, which begins with https://")
+        raise ConnectionError(f"HF_ENDPOINT={constants.ENDPOINT!r} is not a URL such as https://huggingface.co")
     proxy, said = proxies.get(url.scheme) or proxies.get("all"), url.hostname
     if proxy and not proxy_bypass(url.hostname):
         url = urlsplit(proxy if "//" in proxy else f"//{proxy}")

@@ -81,8 +81,8 @@ def load_weights(model: ModelT, path: Path) -> ModelT:
         state = load_file(path) if own else load_state_dict(str(path), weights_only=True)
     except Exception as error:  # a broken pickle can raise anything
         reason = next(iter(str(error).splitlines()), "")
-        wanted = "readable safetensors file" if own else "checkpoint that can be read"
-        raise RuntimeError(f"{path} is no {wanted}: {reason or type(error).__name__}") from error
+        wanted = "safetensors file" if own else "checkpoint"
+        raise RuntimeError(f"{path} is not a readable {wanted}: {reason or type(error).__name__}") from error
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -143,7 +143,7 @@ def _get_encoder(
             if output_stride == 32:
                 raise
             # How timm refuses an output stride, VGG's for one.
-            raise ValueError(f"output_stride={output_stride} is not possible: {name} has 32 alone") from error
+            raise ValueError(f"output_stride={output_stride} is not possible: {name} supports only 32") from error
     from ..models.segmentation.encoder import build_encoder
 
     if weights is not None and name == plain:

@@ -158,7 +158,7 @@ def test_demo_needs_a_model_that_knows_the_images(tmp_path, monkeypatch, capsys)
         ),
         (["predict", "resnet18_poolskipp", "x.jpg"], "similar: resnet18_poolskip, "),
         (["info", "resnet18.a1_in1k"], "similar: resnet18_poolskip\n"),
-        (["info", "deeplabv3plus_resnet18_poolskip.camvid_r180"], "segments"),
+        (["info", "deeplabv3plus_resnet18_poolskip.camvid_r180"], "is a segmentation model"),
         (["export", "vit_tiny_patch4_32_poolskip", "--no-pretrained", "--size", "64", "64"], "--size 64 64: vit_tiny"),
         (["export", "resnet20_cifar_poolskip.nope"], "has no weights 'nope': choose c10_e60, c10"),
         (["train", "no_such_recipe"], "no_such_recipe"),
@@ -176,7 +176,7 @@ def test_demo_needs_a_model_that_knows_the_images(tmp_path, monkeypatch, capsys)
             ["prune", "resnet20_cifar.c10", "--dataset", "camvid"],
             "one of cifar10, cifar100, cifar10_jpeg, tiny_imagenet_jpeg",
         ),
-        (["train-many", "c10", "--part-size", "16"], "part_size '16' is no number with KB, MB"),
+        (["train-many", "c10", "--part-size", "16"], "part_size '16' is not a number with KB, MB"),
         (["validate", "resnet20_cifar", "--overlap", "0.5"], "--window and --overlap have no meaning for it"),
         (["validate", "resnet20_cifar", "--checkpoint", "."], "checkpoint . is a folder: give the file, such as model"),
         (["demo", "--name", "resnet20_cifar"], "the model has no Pool Skip to draw"),
@@ -202,8 +202,8 @@ def test_limits_of_a_run_are_given_in_minutes_and_steps(monkeypatch):
     ("arguments", "said"),
     [
         (["list", "--pretrained", "--warm-starts"], "not allowed with"),
-        (["train", "resnet20_cifar.c10", "--limit-minutes", "-1"], "'-1' is no number of minutes, at least 0"),
-        (["train-many", "c10", "--limit-minutes", "soon"], "'soon' is no number of minutes, at least 0"),
+        (["train", "resnet20_cifar.c10", "--limit-minutes", "-1"], "'-1' is not a number of minutes of at least 0"),
+        (["train-many", "c10", "--limit-minutes", "soon"], "'soon' is not a number of minutes of at least 0"),
     ],
 )
 def test_wrong_options_are_argparse_s(arguments, said, capsys):

@@ -70,7 +70,7 @@ def test_damaged_packs_are_named(tmp_path: Path, folder: Path) -> None:
     path = tmp_path / "p.npz"
     for contents in (whole[: len(whole) // 2], b"<html>not found</html>", b""):
         path.write_bytes(contents)
-        with pytest.raises(RuntimeError, match=r"p\.npz is no readable \.npz pack"):
+        with pytest.raises(RuntimeError, match=r"p\.npz is not a readable \.npz pack"):
             read_pack(path, "train")
     with pytest.raises(RuntimeError, match=r"lacks val_jpeg, val_offset, val_label; it holds .*train_jpeg"):
         read_pack(folder / "cifar10_jpeg.npz", "val")
@@ -94,7 +94,7 @@ def test_damaged_packs_are_named(tmp_path: Path, folder: Path) -> None:
             read_pack(path, "train")
     with path.open("wb") as file:
         np.save(file, np.zeros(3))
-    with pytest.raises(RuntimeError, match="no readable"):
+    with pytest.raises(RuntimeError, match="not a readable"):
         read_pack(path, "train")
     write_pack(path.with_name("cifar10_jpeg.npz"), 3, test=([good, good], [0, 2]))
     with pytest.raises(RuntimeError, match="have 3 classes, not 10"):

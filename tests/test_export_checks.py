@@ -86,7 +86,7 @@ class Sized(PairNet):
 def test_what_no_file_takes(tmp_path, write):
     x, net = torch.randn(1, 4, 9, 9), PairNet(2).eval()
     path = tmp_path / {to_onnx: "net.onnx", to_exported_program: "net.pt2"}.get(write, "net.pt")
-    with pytest.raises(ValueError, match="output 2 is int, and files return tensors alone"):
+    with pytest.raises(ValueError, match="output 2 is int, and files return only tensors"):
         write(Sized(2).eval(), x, path)
     with pytest.raises(ValueError, match=r"the example is on meta, .*: call example\.cpu\(\) first"):
         write(net, x.to("meta"), path)
@@ -199,7 +199,7 @@ def test_flips_of_near_ties_are_told_from_others():
     assert found["error_where_flipped"] < 1e-6
     outputs = {"max_relative_error": 0.5, "tolerance": 1e-3, "agreement": 0.999, "inputs": [], **found}
     verify.judge(outputs, Path("net.onnx"))
-    with pytest.raises(RuntimeError, match=r"only 99\.4% of the classes equal eager mode's \(asked: 99\.5%\)"):
+    with pytest.raises(RuntimeError, match=r"only 99\.4% of the classes equal eager mode's \(required: 99\.5%\)"):
         verify.judge({**outputs, "agreement": 0.994}, Path("net.onnx"))
     found = verify.flipped_windows([*legitimate, [(other, other.flip(-1), *window)]])
     with pytest.raises(RuntimeError, match=r"no near-tie explains it"):

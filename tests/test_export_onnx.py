@@ -244,7 +244,7 @@ class Both(torch.nn.Module):
 @pytest.mark.parametrize(
     ("example", "says"),
     [
-        ((torch.randn(1, 4, 9, 9), None), "argument 2 is NoneType, and files take tensors alone"),
+        ((torch.randn(1, 4, 9, 9), None), "argument 2 is NoneType, and files take only tensors"),
         ({"x": torch.randn(1, 4, 9, 9)}, "argument 1 is str, .* by position"),
     ],
 )
@@ -368,7 +368,7 @@ def test_equal_unpoolings_are_one(tmp_path):
         ({"opset": 99}, r"opset=99: expected 18 to \d\d"),
         ({"dynamic": ("height", "depth")}, "dynamic='depth': the inputs have batch, height, width"),
         ({"dynamic": "batch"}, "expected a tuple"),
-        ({"target": "ncnn", "dynamic": ("batch",)}, "ncnn takes fixed sizes alone"),
+        ({"target": "ncnn", "dynamic": ("batch",)}, "ncnn takes only fixed sizes"),
         ({"target": "nvidia"}, "target='nvidia'"),
     ],
 )

@@ -192,7 +192,7 @@ def test_files_that_are_none_of_ours(tmp_path):
     helper.set_model_props(model, {"poolskip_zoo": json.dumps({"lowering": "keys"})})
     onnx.save(model, tmp_path / "net.onnx")
     for runtime in ("onnxruntime", "openvino"):
-        with pytest.raises(ValueError, match="takes 4 images at once alone"):
+        with pytest.raises(ValueError, match="takes exactly 4 images at once"):
             Predictor(tmp_path / "net.onnx", runtime)
     for each in (*graph.input, *graph.output):
         each.type.tensor_type.shape.dim[0].dim_value = 1

@@ -350,7 +350,7 @@ def test_weights_that_are_too_large_leave_a_card_alone(finished, tmp_path, capsy
     assert record in checkpoints(not_kept=True)
     for action in ("verify", "publish"):
         assert main(["hub", action, record.name]) == 2
-        assert "has a card alone" in capsys.readouterr().err
+        assert "has only a card" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("shipped")
@@ -392,12 +392,12 @@ def test_add_refuses_what_a_card_could_not_tell(finished, tmp_path, capsys, wron
         "scores": "resnet20_cifar",
         "data": "the scores are of",
         "list": "scores.json is not what `poolskip validate … --json` prints",
-        "cut": "scores.json is no JSON",
+        "cut": "scores.json is not valid JSON",
         "weights": "other weights",
         "nan": "fc.bias",
         "no score": "between 0 and 100",
         "unfinished": "metrics.json",
-        "path": f"name '../{RECIPE}' is no plain file name",
+        "path": f"name '../{RECIPE}' is not a plain file name",
         "short": "metrics.json is damaged: it lacks dataset, hardware",
         "damaged": "metrics.json is damaged: Expecting",
     }

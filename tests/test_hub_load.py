@@ -175,7 +175,9 @@ def test_what_is_behind_a_proxy_is_left_to_the_client(hub, monkeypatch, variable
         with pytest.raises(ConnectionError, match=rf"the proxy '{proxy}', by which hub\.invalid is asked for"):
             resolve._connect()
     set_client(monkeypatch, ENDPOINT="hub.invalid")
-    with pytest.raises(ConnectionError, match=r"HF_ENDPOINT='hub\.invalid' is no address, which begins with https://"):
+    with pytest.raises(
+        ConnectionError, match=r"HF_ENDPOINT='hub\.invalid' is not a URL such as https://huggingface\.co"
+    ):
         resolve._connect()
 
 

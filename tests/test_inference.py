@@ -65,12 +65,12 @@ def test_what_is_no_image_is_named(tmp_path, monkeypatch):
     for path in (cut, tmp_path, whole):
         if path == whole:  # Pillow's guard against decompression bombs has a class of its own
             monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
-        with pytest.raises(ValueError, match=f"{path} is no image that can be read: "):
+        with pytest.raises(ValueError, match=f"{path} is not a readable image: "):
             read_image(path)
     monkeypatch.undo()
     assert read_image(whole).size == IMAGE.size
     (tmp_path / "odd.dds").write_bytes(b"DDS " + bytes([124, 0, 0, 0]) + bytes(120))
-    with pytest.raises(ValueError, match=r"odd\.dds is no image that can be read: "):
+    with pytest.raises(ValueError, match=r"odd\.dds is not a readable image: "):
         read_image(tmp_path / "odd.dds")
 
 
@@ -81,9 +81,9 @@ def test_what_is_no_image_is_named(tmp_path, monkeypatch):
         ("resnet20_cifar_poolskip.nope", "has no weights 'nope': choose c10_e60, c10"),
         ("test_resnet_poolskip.nope", "has no weights 'nope': it has none"),
         ("resnet420_cifar", "resnet420_cifar has no weights; `poolskip list --pretrained` prints"),
-        ("local-dir:bert", "config.json is no configuration of timm: it names no architecture"),
-        ("local-dir:list", "config.json is no configuration of timm: it names no architecture"),
-        ("local-dir:cut", "config.json is no JSON: "),
+        ("local-dir:bert", "config.json is not a timm configuration: it names no architecture"),
+        ("local-dir:list", "config.json is not a timm configuration: it names no architecture"),
+        ("local-dir:cut", "config.json is not valid JSON: "),
         ("local-dir:none", "config.json cannot be read: No such file"),
     ],
 )

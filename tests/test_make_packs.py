@@ -71,7 +71,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
             make_packs(name, tmp_path / "from", tmp_path / "to")
     with pytest.raises(FileNotFoundError, match=r"wnids\.txt is missing: expected tiny-imagenet-200"):
         make_packs("tiny_imagenet_jpeg", tmp_path / "from", tmp_path / "to")
-    with pytest.raises(FileNotFoundError, match="none is no folder: expected CIFAR-10-images"):
+    with pytest.raises(FileNotFoundError, match="none is not a folder: expected CIFAR-10-images"):
         make_packs("cifar10_jpeg", tmp_path / "none", tmp_path / "to")
     with pytest.raises(FileNotFoundError, match="cifar10_jpeg"):
         load_split("cifar10_jpeg", "test", tmp_path / "to")

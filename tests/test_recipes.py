@@ -87,17 +87,17 @@ def test_written_recipe_holds_every_key_and_reads_back_equal() -> None:
         ({"accumulation": 3}, "batch_size=128 is not divisible by accumulation=3"),
         ({"crop_size": [32, 24]}, r"recipe key crop_size=\[32, 24\] must be empty or a square of at least 8 pixels"),
         ({"crop_size": [4, 4]}, "must be empty or a square of at least 8 pixels"),
-        ({"window": [32, 32]}, "recipe key window has no meaning for cifar10, a data set for classification"),
+        ({"window": [32, 32]}, "recipe key window does not apply to cifar10, a data set for classification"),
         ({"sizes": [[1, 32]]}, r"recipe key sizes=\[\[1, 32\]\] must be pairs of an epoch and a size of 8 to 1024"),
         ({"sizes": [[0, 32], [0, 64]]}, "the first epoch 0, the others rising and below epochs=20"),
         ({"sizes": [[0, 32], [20, 64]]}, "the first epoch 0, the others rising and below epochs=20"),
         ({"sizes": [[0, 4]]}, "must be pairs of an epoch and a size of 8 to 1024"),
         ({"sizes": [[0]]}, "must be pairs of an epoch and a size of 8 to 1024"),
         ({"sizes": [[0, 32.5]]}, "recipe key sizes=32.5 must be of type int"),
-        ({**SEGMENTS, "sizes": [[0, 32]]}, "recipe key sizes has no meaning for camvid"),
-        ({"hold_out": -1}, "hold_out=-1: cifar10 has no own validation images"),
+        ({**SEGMENTS, "sizes": [[0, 32]]}, "recipe key sizes does not apply to camvid"),
+        ({"hold_out": -1}, "hold_out=-1: cifar10 has no validation images"),
         ({"hold_out": -2}, "recipe key hold_out=-2 must be at least -1"),
-        ({**SEGMENTS, "mixup": 0.2}, "recipe key mixup has no meaning for camvid, a data set for segmentation"),
+        ({**SEGMENTS, "mixup": 0.2}, "recipe key mixup does not apply to camvid, a data set for segmentation"),
         ({**SEGMENTS, "crop_size": []}, r"recipe key crop_size=\[\] must be height and width, multiples of 32"),
         ({**SEGMENTS, "crop_size": [32, 40]}, r"recipe key crop_size=\[32, 40\] must be"),
         ({**SEGMENTS, "crop_size": [32.5, 32]}, "recipe key crop_size=32.5 must be of type int"),
@@ -138,7 +138,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no recipe file 'resnet20_cifr\.c10' .*shipped: resnet20_cifar\.c10"):
         load_recipe("resnet20_cifr.c10")
     path = tmp_path / "r.yaml"
-    for text, message in (("a: [", "is no valid YAML"), ("- 1", "must hold a mapping"), ("", "must hold a mapping")):
+    for text, message in (("a: [", "is not valid YAML"), ("- 1", "must hold a mapping"), ("", "must hold a mapping")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             load_recipe(path)

@@ -115,7 +115,7 @@ def test_the_conversion_copies_nothing_and_leaves_its_input_alone(resnet18):
     ],
 )
 def test_unknown_names(key, resnet18):
-    with pytest.raises(ValueError, match="is no name of the reference code's resnet18 or resnet34") as error:
+    with pytest.raises(ValueError, match="is not a name of the reference code's resnet18 or resnet34") as error:
         convert_reference_state_dict({**resnet18.state_dict(), key: torch.zeros(1)})
     assert repr(key) in str(error.value)
 

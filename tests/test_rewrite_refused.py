@@ -176,8 +176,8 @@ def test_sizes_are_checked(tmp_path, shape, options, says):
     [
         ("in.onnx", "out.pb", {}, "ends in .onnx"),
         ("none.onnx", "out.onnx", {}, "no such file: .*none.onnx"),
-        ("text.onnx", "out.onnx", {}, "text.onnx is no ONNX file"),
-        ("empty.onnx", "out.onnx", {}, "empty.onnx is no ONNX file: it holds no graph"),
+        ("text.onnx", "out.onnx", {}, "text.onnx is not an ONNX file"),
+        ("empty.onnx", "out.onnx", {}, "empty.onnx is not an ONNX file: it holds no graph"),
         ("in.onnx", "out.onnx", {"example": [np.zeros(2)] * 2}, "example: in.onnx takes a list of 1 arrays, of x"),
         ("in.onnx", "out.onnx", {"example": np.zeros(2)}, "example: in.onnx takes a list of 1 arrays, of x"),
         ("in.onnx", "out.onnx", {"target": "nvidia"}, "target='nvidia'"),
@@ -197,7 +197,7 @@ def test_weights_in_a_file_that_is_not_there(tmp_path):
     onnx.save(onnx.load(str(source)), str(source), save_as_external_data=True, location="weights", size_threshold=0)
     rewrite_onnx(source, tmp_path / "out.onnx")
     (tmp_path / "weights").unlink()
-    with pytest.raises(ValueError, match=r"in\.onnx has its weights in another file: put that beside it \("):
+    with pytest.raises(ValueError, match=r"in\.onnx has its weights in another file: put that next to it \("):
         rewrite_onnx(source, tmp_path / "out.onnx")
 
 

@@ -197,7 +197,7 @@ def test_options_are_checked(tmp_path, target, monkeypatch):
             export.to_onnx(PairNet(2).eval(), x, tmp_path / "net.onnx", target)
     if target in ("litert", "ncnn"):
         with pytest.raises(
-            ValueError, match=rf"dynamic=\('batch',\): {target} takes fixed sizes alone; pass dynamic=\(\)"
+            ValueError, match=rf"dynamic=\('batch',\): {target} takes only fixed sizes; pass dynamic=\(\)"
         ):
             write(PairNet(2).eval(), x, path, dynamic=("batch",))
     elif not torch.__version__.startswith("2.6."):
@@ -236,7 +236,7 @@ def test_the_target_names_the_format(tmp_path, monkeypatch, capsys):
     assert seen["size"] == [4, 3, 64, 96]
     capsys.readouterr()
     assert cli.main(["export", name, "--no-pretrained", "--target", "litert", "--dynamic", "batch"]) != 0
-    assert "dynamic=('batch',): litert takes fixed sizes alone" in capsys.readouterr().err
+    assert "dynamic=('batch',): litert takes only fixed sizes" in capsys.readouterr().err
 
 
 @pytest.mark.slow

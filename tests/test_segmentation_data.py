@@ -180,7 +180,7 @@ def test_what_is_missing_or_damaged_is_one_clear_line(folder: Path, tmp_path: Pa
             load_scenes(*arguments, **settings)
     whole = (folder / "camvid.zip").read_bytes()
     (tmp_path / "camvid.zip").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(RuntimeError, match=r"camvid\.zip is no readable zip"):
+    with pytest.raises(RuntimeError, match=r"camvid\.zip is not a readable zip"):
         load_scenes("camvid", ("test",), tmp_path)
     for name, content in (
         ("0001.png", b"no image"),

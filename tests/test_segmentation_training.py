@@ -364,5 +364,5 @@ def test_a_segmenter_sees_what_an_evaluation_sees(data: Path, learnt: Path) -> N
     # Made ready here: smp's models come in training mode.
     found = torch.stack(Segmenter(model.train(), "camvid", 32)(images)).long()
     assert (found == expected).float().mean() > 0.999
-    with pytest.raises(ValueError, match="'cifar10' is no segmentation data set: one of camvid"):
+    with pytest.raises(ValueError, match="'cifar10' is not a segmentation data set: expected one of camvid"):
         Segmenter(model, "cifar10")

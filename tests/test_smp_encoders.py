@@ -159,9 +159,9 @@ def test_dilation_is_timms_own(output_stride):
 
 
 def test_vgg_has_no_output_stride():
-    with pytest.raises(ValueError, match="output_stride=16 is not possible: test_vgg_poolskip has 32 alone"):
+    with pytest.raises(ValueError, match="output_stride=16 is not possible: test_vgg_poolskip supports only 32"):
         get_encoder("test_vgg_poolskip", output_stride=16)
-    with pytest.raises(ValueError, match="output_stride=8 is not possible: tu-test_vgg_poolskip has 32 alone"):
+    with pytest.raises(ValueError, match="output_stride=8 is not possible: tu-test_vgg_poolskip supports only 32"):
         smp.DeepLabV3("tu-test_vgg_poolskip", encoder_weights=None)
 
 

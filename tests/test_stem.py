@@ -338,7 +338,7 @@ def test_a_run_whose_arguments_a_record_carries_is_added_beside_its_base(finish,
     (base / "recipe.yaml").write_text(text)
     (base / "scores.json").unlink()
     assert add(run, cards, "--base", str(base)) == 2
-    assert "is no finished run of test_resnet.small, measured by" in capsys.readouterr().err
+    assert "is not a finished run of test_resnet.small, measured by" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -143,9 +143,9 @@ def test_weights_of_timm_s_scripts_need_their_data_set(run: tuple[Path, nn.Modul
     x = images(ARCH, size=(32, 32))
     assert_same(found.model(x), model(x))
     assert (found.dataset, found.input_size, found.recipe) == ("cifar10", (3, 32, 32), None)
-    with pytest.raises(ValueError, match=r"last\.pth\.tar has no recipe\.yaml beside it: give its data set by --data"):
+    with pytest.raises(ValueError, match=r"last\.pth\.tar has no recipe\.yaml next to it: give its data set with"):
         load(ARCH, "last.pth.tar")
-    with pytest.raises(ValueError, match="give its data set by --data"):  # a bare name is of no checkpoint of ours
+    with pytest.raises(ValueError, match="give its data set with --data"):  # a bare name is of no checkpoint of ours
         load("resnet20_cifar_poolskip", "last.pth.tar")
 
 
@@ -165,11 +165,11 @@ def test_folders_of_timm_and_smp(run: tuple[Path, nn.Module], capsys: pytest.Cap
     capsys.readouterr()
     assert_same(load("smp").model(torch.ones(1, 3, 32, 32)), net(torch.ones(1, 3, 32, 32)))
     assert capsys.readouterr().out == ""
-    with pytest.raises(ValueError, match="smp is a folder of smp, which is read with its weights alone"):
+    with pytest.raises(ValueError, match="smp is a folder of smp, which can only be read with its weights"):
         load("smp", pretrained=False)
     for words, said in (
         (["export", "smp"], "load its model in Python (smp's folders by smp.from_pretrained)"),
-        (["predict", "smp", "x.png"], "Unet is no classifier of timm: it does not say what images it takes"),
+        (["predict", "smp", "x.png"], "Unet is not a timm classifier: it does not say what images it takes"),
         (["validate", "smp", "--dataset", "cifar10"], "smp does not say what size of images it takes"),
         (["prune", "smp", "--images", "0"], "smp does not say what size of images it takes"),
     ):
@@ -189,8 +189,8 @@ def test_a_name_goes_before_a_folder_of_that_name(run: tuple[Path, nn.Module]) -
     [
         ({"recipe.yaml": "model: 3\n"}, ValueError, "recipe"),
         ({"model.safetensors": None}, FileNotFoundError, "has no model.safetensors: the run is not finished"),
-        ({"model.safetensors": "cut"}, RuntimeError, "is no readable safetensors file"),
-        ({"recipe.yaml": None, "config.json": None}, ValueError, "neither recipe.yaml nor config.json stand beside it"),
+        ({"model.safetensors": "cut"}, RuntimeError, "is not a readable safetensors file"),
+        ({"recipe.yaml": None, "config.json": None}, ValueError, "neither recipe.yaml nor config.json next to it"),
         (
             {"recipe.yaml": None, "config.json": None, "model.safetensors": None},
             ValueError,

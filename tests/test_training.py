@@ -401,11 +401,11 @@ def test_commands(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert call(validate_verb, *named, *theirs) == 0
         assert json.loads(capsys.readouterr().out)["images"] == 100
     torch.save({"state_dict": model.state_dict(), "net": model}, tmp_path / "net.pth.tar")
-    with pytest.raises(RuntimeError, match=r"net\.pth\.tar is no checkpoint that can be read: "):
+    with pytest.raises(RuntimeError, match=r"net\.pth\.tar is not a readable checkpoint: "):
         call(validate_verb, "test_resnet", "--checkpoint", tmp_path / "net.pth.tar", *theirs)
     for content, said in ((b"", "EOFError|Ran out of input"), (b"error: 404\n", ".+")):
         (tmp_path / "net.pth.tar").write_bytes(content)
-        with pytest.raises(RuntimeError, match=rf"net\.pth\.tar is no checkpoint that can be read: ({said})"):
+        with pytest.raises(RuntimeError, match=rf"net\.pth\.tar is not a readable checkpoint: ({said})"):
             call(validate_verb, "test_resnet", "--checkpoint", tmp_path / "net.pth.tar", *theirs)
     weights.with_name("last.pt").touch()
     with pytest.raises(ValueError, match=r"last\.pt is the state that training goes on from; the run's weights are"):
@@ -433,7 +433,7 @@ def test_validate_refuses_what_does_not_fit(data: Path, finished: Path, tmp_path
             call(validate_verb, *arguments)
     copy = tmp_path / "w.safetensors"
     copy.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(RuntimeError, match=r"w\.safetensors is no readable safetensors file"):
+    with pytest.raises(RuntimeError, match=r"w\.safetensors is not a readable safetensors file"):
         call(validate_verb, "test_resnet", *common, "--checkpoint", copy)
     copy.write_bytes(weights.read_bytes())
     with pytest.raises(RuntimeError, match=r"w\.safetensors does not fit VisionTransformer: it lacks \d+ keys"):

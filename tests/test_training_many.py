@@ -85,8 +85,8 @@ def test_shipped_lists_name_shipped_recipes() -> None:
         ("- {recipe: TINY, seeds: [-1]}", "seed=-1"),
         ("- {recipe: TINY, grid: [{seed: 1}]}", "the grid has name or seed"),
         ("- {recipe: TINY, set: {lr: 2024-01-01}}", "lr='2024-01-01' must be of type float"),
-        ("- {recipe: TINY, set: {lr: 2024-13-45}}", "list.yaml is no valid YAML: month must be in 1..12"),
-        ("- {", "no valid YAML"),
+        ("- {recipe: TINY, set: {lr: 2024-13-45}}", "list.yaml is not valid YAML: month must be in 1..12"),
+        ("- {", "not valid YAML"),
     ],
 )
 def test_mistakes_in_a_list_are_named(tmp_path: Path, tiny: Path, text: str, said: str) -> None:

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dynamic",
         nargs="*",
         metavar="AXIS",
-        help="axes to leave open: batch height width; none after it fixes all (default: batch; for litert, ncnn, "
+        help="axes to leave open: batch height width; without any, all are fixed (default: batch; for litert, ncnn, "
         "executorch and coreml none). For the last two --batch and --size are the largest",
     )
     parser.add_argument("--size", nargs=2, type=int, metavar=("H", "W"), help="input size (default: the model's)")

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = _action(actions, "add", "make a checkpoint's folder of a finished run; print its record")
     add.add_argument("run", type=Path, help="run folder of `poolskip train`")
-    add.add_argument("--scores", required=True, help="file with what `poolskip validate … --json` printed; - reads it")
+    add.add_argument("--scores", required=True, help="output of `poolskip validate … --json`; - reads standard input")
     add.add_argument(
         "--base",
         type=Path,
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measured run of the base whose weights are not published, for the card",
     )
     add.add_argument(
-        "--without-weights", action="store_true", help="make the card alone, of weights that are too large"
+        "--without-weights", action="store_true", help="make only the card, for weights that are too large"
     )
     add.add_argument("--cards", type=Path, help="folder of checkpoints (default: hub_cards/ of the checkout)")
 
@@ -61,7 +61,7 @@ def _records(args: argparse.Namespace) -> list[Any]:
     unknown = [name for name in args.names if name not in known]
     if unknown and unknown[0] in {record.name for record in checkpoints(not_kept=True)}:
         raise ValueError(
-            f"{unknown[0]} has a card alone, for its weights are not kept: `poolskip train` makes them again"
+            f"{unknown[0]} has only a card, because its weights are not kept: `poolskip train` makes them again"
         )
     if unknown:
         raise ValueError(f"no trained checkpoint {unknown[0]!r}; there are: {', '.join(known) or 'none yet'}")
@@ -94,7 +94,7 @@ def _add(args: argparse.Namespace) -> int:
     try:
         scores = json.loads(data)  # bytes, since Windows' PowerShell writes UTF-16
     except ValueError as error:
-        raise ValueError(f"--scores {args.scores} is no JSON: {error}") from error
+        raise ValueError(f"--scores {args.scores} is not valid JSON: {error}") from error
     if not isinstance(scores, dict):
         raise ValueError(f"--scores {args.scores} is not what `poolskip validate … --json` prints")
     record = add_run(args.run, scores, cards, args.base, weights=not args.without_weights)
@@ -113,7 +113,7 @@ def _check_recipe(run: Path) -> Any:
 
     path = run / "recipe.yaml"
     if not path.is_file():
-        raise ValueError(f"{run} is no run of `poolskip train`: it has no recipe.yaml")
+        raise ValueError(f"{run} is not a run of `poolskip train`: it has no recipe.yaml")
     used = load_recipe(path)
     shipped = load_recipe(used.name)
     differing = [

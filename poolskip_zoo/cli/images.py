@@ -23,7 +23,7 @@ def has_data(args: argparse.Namespace, subject: Subject, known: Sequence[str]) -
     if not (asked or (os.environ.get(DATA_DIR_VARIABLE) and subject.dataset)):
         return False
     if not subject.dataset:
-        raise ValueError(f"it is not known what {subject.name!r} was trained on: give --dataset, of {', '.join(known)}")
+        raise ValueError(f"what {subject.name!r} was trained on is unknown: give --dataset, one of {', '.join(known)}")
     if subject.dataset not in known:
         raise ValueError(f"unknown dataset {subject.dataset!r}: one of {', '.join(known)}")
     return True

@@ -177,12 +177,12 @@ def _of_checkpoint(name: str, file: Path, dataset: str | None) -> Subject:
     # A tag names the record, whose arguments the weights may need; a bare name is of the model as it comes.
     record = find(name) if tagged else None
     if isinstance(record, SegmentationCheckpoint):
-        raise ValueError(f"{file} has no recipe.yaml beside it, which says how a model of segmentation is made")
+        raise ValueError(f"{file} has no recipe.yaml next to it, which says how a segmentation model is built")
     if not is_known(name):
         raise ValueError(f"unknown model {name!r}: `poolskip list` shows the names")
     dataset = dataset or (record.dataset if record else None)
     if not dataset:
-        raise ValueError(f"{file} has no recipe.yaml beside it: give its data set by --dataset")
+        raise ValueError(f"{file} has no recipe.yaml next to it: give its data set with --dataset")
     model = create_classifier(arch, dataset, {**record.model_args, "pretrained": False} if record else {})
     return Subject(name, load_weights(model, file).eval(), f"weights of {file}", dataset, None, sha256_of(file))
 
@@ -195,13 +195,13 @@ def _of_folder(name: str, file: Path, pretrained: bool) -> Subject:
     config = file.with_name("config.json")
     if not config.is_file():
         raise ValueError(
-            f"{file} does not say of which model it is: neither recipe.yaml nor config.json stand beside it"
+            f"{file} does not say which model it is of: there is neither recipe.yaml nor config.json next to it"
         )
     if '"_model_class"' in config.read_text(encoding="utf-8"):
         import segmentation_models_pytorch as smp
 
         if not pretrained:
-            raise ValueError(f"{name} is a folder of smp, which is read with its weights alone")
+            raise ValueError(f"{name} is a folder of smp, which can only be read with its weights")
         with redirect_stdout(io.StringIO()):  # the Hub's client prints that the folder is one
             model = smp.from_pretrained(str(file.parent)).eval()
     else:

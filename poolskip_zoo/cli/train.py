@@ -31,7 +31,7 @@ def minutes(text: str) -> float:
     except ValueError:
         value = -1
     if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes, at least 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes of at least 0")
     return value
 
 

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--share",
         default="1/1",
         metavar="I/N",
-        help="take every N-th entry from the I-th on: N commands beside each other train the list",
+        help="take every N-th entry, starting with the I-th: N commands can train the list in parallel",
     )
     parser.add_argument("--part-size", default="", metavar="SIZE", help="also leave weights in parts, such as 16MB")
     parser.add_argument("--test", action="store_true", help="measure each finished run on its test set, once")

@@ -92,10 +92,10 @@ def _classification(args: argparse.Namespace, subject: Any) -> dict[str, Any]:
     from .subject import best_device
 
     if args.window or args.overlap is not None:
-        raise ValueError(f"{args.name} is no segmentation model: --window and --overlap have no meaning for it")
+        raise ValueError(f"{args.name} is not a segmentation model: --window and --overlap have no meaning for it")
     size, classes = subject.input_size[1], DATASETS[subject.dataset].num_classes
     if subject.model.num_classes != classes:
-        raise ValueError(f"{args.name} tells {subject.model.num_classes} classes apart, the data set has {classes}")
+        raise ValueError(f"{args.name} has {subject.model.num_classes} classes, the data set has {classes}")
     config = subject.model.pretrained_cfg
     split = load_split(subject.dataset, "test", args.data_dir, download=args.download)
     device = best_device()

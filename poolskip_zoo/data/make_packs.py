@@ -25,7 +25,7 @@ def make_packs(name: str, source: Path, data_dir: Path) -> list[Path]:
     if name not in SOURCES:
         raise ValueError(f"{name!r} is not packed: one of {', '.join(SOURCES)}")
     if not source.is_dir():
-        raise FileNotFoundError(f"{source} is no folder: expected {SOURCES[name]}")
+        raise FileNotFoundError(f"{source} is not a folder: expected {SOURCES[name]}")
     data_dir.mkdir(parents=True, exist_ok=True)
     return _MAKERS[name](source, data_dir)
 

@@ -93,7 +93,7 @@ def _load_arrays(path: Path, prefix: str) -> dict[str, Any]:
                 raise RuntimeError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(pack.files)}")
             return {key: pack[key] for key in [*wanted, *(["names"] if "names" in pack else [])]}
     except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
-        raise RuntimeError(f"{path} is no readable .npz pack: {error}") from error
+        raise RuntimeError(f"{path} is not a readable .npz pack: {error}") from error
 
 
 def _decode(data: memoryview, what: str) -> np.ndarray:

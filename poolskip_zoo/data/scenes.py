@@ -170,7 +170,7 @@ def _read_camvid(folder: Path, split: str, download: bool) -> list[Item]:
         found = (file for file in files.iterdir() if is_image(file.name)) if files.is_dir() else ()
         ordered = sorted(found, key=lambda file: file.name)
     except (BadZipFile, OSError) as error:
-        raise RuntimeError(f"{place} is no readable zip file: {error}") from error
+        raise RuntimeError(f"{place} is not a readable zip file: {error}") from error
     if not ordered:
         raise RuntimeError(f"{place} has no {split} images")
     with ThreadPoolExecutor() as pool:  # the decoders release the interpreter lock

@@ -44,11 +44,11 @@ def add_run(
     source, metrics_file = run / WEIGHTS, run / "metrics.json"
     for path in (source, metrics_file):
         if not path.is_file():
-            raise ValueError(f"{run} is no finished run: it has no {path.name}")
+            raise ValueError(f"{run} is not a finished run: it has no {path.name}")
     metrics = _read(metrics_file)
     name = metrics["name"]
     if name != Path(name).name:  # the folder of its card
-        raise ValueError(f"{metrics_file}: name {name!r} is no plain file name such as resnet20_cifar.c10")
+        raise ValueError(f"{metrics_file}: name {name!r} is not a plain file name such as resnet20_cifar.c10")
     if (
         scores.get("name") not in (name, name.partition(".")[0], metrics["model"])
         or scores.get("dataset") != metrics["dataset"]
@@ -104,7 +104,7 @@ def _base_scores(name: str, base: Path | None) -> dict[str, float]:
     arch, _, tag = name.partition(".")
     expected = f"{base_name(arch)}.{tag}"
     if metrics.get("name") != expected or expected == name or not scores:
-        raise ValueError(f"{base} is no finished run of {expected}, measured by `poolskip train-many --test`")
+        raise ValueError(f"{base} is not a finished run of {expected}, measured by `poolskip train-many --test`")
     hours = round(metrics["seconds"] / 3600, 3)
     return {**_rounded(scores), "hours": hours, "images_per_second": metrics["images_per_second"]}
 
@@ -159,7 +159,7 @@ def _check_weights(path: Path) -> None:
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise ValueError(f"{path}: {key} is not finite")

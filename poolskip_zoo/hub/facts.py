@@ -36,7 +36,7 @@ def describe(name: str, latency: bool = False) -> dict[str, Any]:
     cfgs = get_arch_pretrained_cfgs(arch)
     own = registered_models(test=True)
     if isinstance(find(name), SegmentationCheckpoint):
-        raise ValueError(f"{name} segments, and this is of backbones alone: its card is hub_cards/{name}/README.md")
+        raise ValueError(f"{name} is a segmentation model, not a backbone: its card is hub_cards/{name}/README.md")
     if arch in own and tag and name not in cfgs:
         tags = ", ".join(cfg.tag for cfg in cfgs.values() if cfg.tag)
         raise ValueError(f"{arch} has no weights {tag!r}: {'choose ' + tags if tags else 'it has none'}")

@@ -66,7 +66,7 @@ def load_checkpoint(record: Checkpoint, weights: Path) -> nn.Module:
             **record.model_args,
         )
     except SafetensorError as error:
-        raise RuntimeError(f"{weights} is no readable safetensors file: {error}") from error
+        raise RuntimeError(f"{weights} is not a readable safetensors file: {error}") from error
     return model.eval()
 
 

@@ -43,7 +43,7 @@ class Place:
 def _apply_pool_skip(self, input: tuple[Tensor], output: Tensor) -> Tensor:
     if not hasattr(self, "pool_skip"):
         raise RuntimeError(
-            "this module took the place of one with Pool Skip and has its hook alone, as after quantisation by "
+            "this module replaced one with Pool Skip and kept only its hook, as after quantisation by "
             "torch.ao: quantise the exported file, or remove_pool_skip(model) first"
         )
     if self.bias is not None and not self.pool_skip.after_bias:

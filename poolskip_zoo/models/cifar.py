@@ -264,7 +264,7 @@ class CifarVGG(VGG):
         dtype: Any = None,
     ) -> None:
         if output_stride != 32:
-            raise ValueError(f"output_stride={output_stride!r} is not possible, VGG has 32 alone")
+            raise ValueError(f"output_stride={output_stride!r} is not possible, VGG supports only 32")
         dd = {"device": device, "dtype": dtype}
         super().__init__(
             list(cfg),

@@ -71,5 +71,5 @@ def _convert(key: str) -> str:
         if name:
             return f"{_STAGES[stage]}.{block}.{name}.{parameter}"
     raise ValueError(
-        f"{key!r} is no name of the reference code's resnet18 or resnet34 (conv1.*, conv2_x.* to conv5_x.*, fc.*)"
+        f"{key!r} is not a name of the reference code's resnet18 or resnet34 (conv1.*, conv2_x.* to conv5_x.*, fc.*)"
     )

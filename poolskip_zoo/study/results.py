@@ -146,7 +146,7 @@ def arm_of(name: str) -> tuple[str, str]:
     """
     found = _NAME.match(name)
     if not found or found["arm"] not in ARMS:
-        raise ValueError(f"recipe {name!r} is none of the study: <net>.study-<arm>, the arm one of {', '.join(ARMS)}")
+        raise ValueError(f"recipe {name!r} is not of the study: <net>.study-<arm>, the arm one of {', '.join(ARMS)}")
     return found["net"], found["arm"]
 
 

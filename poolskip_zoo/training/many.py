@@ -221,7 +221,7 @@ def train_many(
     if limit_seconds < 0:
         raise ValueError(f"limit_seconds={limit_seconds} must be at least 0")
     if part_size and not re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", part_size, re.IGNORECASE):
-        raise ValueError(f"part_size {part_size!r} is no number with KB, MB, GB or TB, such as 16MB")
+        raise ValueError(f"part_size {part_size!r} is not a number with KB, MB, GB or TB, such as 16MB")
     recipes, end = list(recipes), time.monotonic() + limit_seconds
     known = {run_folder(output, outcome.recipe): outcome for outcome in failed}
     outcomes = [known.get(run_folder(output, recipe), Outcome(recipe, "waiting")) for recipe in recipes]

@@ -231,7 +231,7 @@ def read_file(path: Path) -> Any:
     try:
         return read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:  # ValueError: of bytes that are no text, and a date that is none
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -325,11 +325,11 @@ def _override(values: dict[str, Any], text: str) -> None:
     for part in parts[:-1]:
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
-            raise ValueError(f"override {text!r}: {part} is no mapping")
+            raise ValueError(f"override {text!r}: {part} is not a mapping")
     try:
         target[parts[-1]] = read_yaml(value) if value else ""
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"override {text!r}: the value is no valid YAML") from error
+        raise ValueError(f"override {text!r}: the value is not valid YAML") from error
 
 
 def _coerce(key: str, value: Any, kind: Any) -> Any:
@@ -367,10 +367,10 @@ def _check_task(recipe: Recipe) -> None:
         default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
         if entry.name in foreign and getattr(recipe, entry.name) != default:
             task = "segmentation" if recipe.segments else "classification"
-            raise ValueError(f"recipe key {entry.name} has no meaning for {recipe.dataset}, a data set for {task}")
+            raise ValueError(f"recipe key {entry.name} does not apply to {recipe.dataset}, a data set for {task}")
     if not recipe.segments:
         if recipe.hold_out < 0:
-            raise ValueError(f"recipe key hold_out={recipe.hold_out}: {recipe.dataset} has no own validation images")
+            raise ValueError(f"recipe key hold_out={recipe.hold_out}: {recipe.dataset} has no validation images")
         _check_sizes(recipe)
         if recipe.crop_size and (
             len(recipe.crop_size) != 2 or len(set(recipe.crop_size)) > 1 or recipe.crop_size[0] < 8

@@ -56,7 +56,7 @@ def init_weights(path: Path, model: nn.Module) -> tuple[dict[str, torch.Tensor],
     try:
         given = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"init: {path} is no readable safetensors file: {error}") from error
+        raise ValueError(f"init: {path} is not a readable safetensors file: {error}") from error
     own = model.state_dict()
     skips = tuple(f"{name}." for name in pool_skip_modules(model))
     if skips and not any(key.startswith(skips) for key in given):

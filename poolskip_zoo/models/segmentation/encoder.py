@@ -199,5 +199,5 @@ def build_encoder(
         # How timm refuses an output stride, VGG's for one.
         if output_stride == 32:
             raise
-        raise ValueError(f"output_stride={output_stride} is not possible: {name} has 32 alone") from error
+        raise ValueError(f"output_stride={output_stride} is not possible: {name} supports only 32") from error
     return ConvEncoder(model, strides, in_channels, output_stride)
