@@ -104,6 +104,8 @@ def test_damaged_packs_are_named(tmp_path: Path, folder: Path) -> None:
 def test_splits_are_disjoint_balanced_and_fixed(folder: Path) -> None:
     train, val, test = load_splits("cifar10_jpeg", ("train", "val", "test"), folder, hold_out=20)
     assert (len(train), len(val), len(test)) == (80, 20, 20)
+    assert repr(val) == "Split(20 images of 10 classes)"
+    assert (val == val, val == test, len({val, test})) == (True, False, 2)
     assert torch.bincount(val.labels).tolist() == [2] * 10
     everything = load_split("cifar10_jpeg", "train", folder, hold_out=0)
     seen = {image.numpy().tobytes() for image in torch.cat([train.images, val.images])}
@@ -124,7 +126,7 @@ def test_tiny_imagenet_joins_its_parts_and_tests_on_val(folder: Path) -> None:
 
 def test_what_is_missing_is_one_clear_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("POOLSKIP_DATA_DIR", raising=False)
-    with pytest.raises(ValueError, match="no data folder: give --data-dir or set POOLSKIP_DATA_DIR"):
+    with pytest.raises(ValueError, match=r"no data folder: give data_dir \(--data-dir\) or set POOLSKIP_DATA_DIR"):
         load_split("cifar10_jpeg", "test")
     monkeypatch.setenv("POOLSKIP_DATA_DIR", str(folder))
     assert len(load_split("cifar10_jpeg", "test")) == 20

@@ -42,6 +42,7 @@ def test_a_random_orthogonal_net_has_nothing_inert():
     assert [layer.inert for layer in found.layers] == [[]] * 4
     assert [layer.dead for layer in found.layers] == [[]] * 4
     assert found.summary() == {"base": {"convolutions": 4, "filters": 96, "inert": 0, "watched": 96, "dead": 0}}
+    assert repr(found) == f"Diagnosis(images={found.images}, summary={found.summary()})"
     first, depthwise, pointwise, grouped = found.layers
     assert first.orthogonality == pytest.approx(1, abs=1e-5)
     assert grouped.orthogonality == pytest.approx(1, abs=1e-5)
@@ -324,6 +325,8 @@ def test_mistakes_are_named():
         diagnose(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="0 is on the meta device"):
         diagnose(nn.Sequential(nn.Conv2d(3, 4, 1, device="meta")))
+    with pytest.raises(ValueError, match="the model is on the meta device"):
+        diagnose(nn.Conv2d(3, 4, 1, device="meta"))
     with pytest.raises(ValueError, match="ReLU behind 0 is not finite"):
         diagnose(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), [images * math.nan])
     norm = nn.BatchNorm2d(4)

@@ -79,6 +79,7 @@ def test_masks_of_one_bit_and_of_sixteen(tmp_path: Path) -> None:
 def test_camvid_from_its_pack_and_from_its_folder(folder: Path, tmp_path: Path) -> None:
     splits = load_scenes("camvid", ("train", "val", "test"), folder)
     assert [len(split) for split in splits] == [12, 4, 4]
+    assert (repr(splits[1]), splits[1] == splits[2]) == ("Scenes(4 images of 11 classes)", False)
     image, labels = splits[0].items[0]
     assert (image.shape, image.dtype, labels.shape, labels.dtype) == ((3, 48, 64), torch.uint8, (48, 64), torch.uint8)
     assert sorted(labels.unique().tolist()) == [0, 3, 8, VOID]

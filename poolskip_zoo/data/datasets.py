@@ -18,7 +18,7 @@ HOLD_OUT_SEED = 20240913  # of the held-out images: the same for every recipe an
 _Arrays = tuple[np.ndarray, np.ndarray, list[str]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # of tensors == tells no truth value
 class Split:
     """Images and labels of one split.
 
@@ -34,6 +34,9 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"Split({len(self)} images of {len(self.classes)} classes)"
 
     def part(self, count: int) -> "Split":
         """Choose images, as many of each class as possible, by a fixed seed.
@@ -186,7 +189,7 @@ def data_folder(data_dir: str | os.PathLike[str] | None) -> Path:
     """
     value = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     if not value:
-        raise ValueError(f"no data folder: give --data-dir or set {DATA_DIR_VARIABLE}")
+        raise ValueError(f"no data folder: give data_dir (--data-dir) or set {DATA_DIR_VARIABLE}")
     folder = Path(value).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} does not exist")

@@ -21,7 +21,7 @@ Item = tuple[torch.Tensor, torch.Tensor]
 OWN_VAL = -1  # of hold_out: the data set's own validation images
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # of tensors == tells no truth value
 class Scenes:
     """Images of one split with their labels.
 
@@ -36,6 +36,9 @@ class Scenes:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def __repr__(self) -> str:
+        return f"Scenes({len(self)} images of {len(self.classes)} classes)"
 
     def count_labels(self) -> Iterator[np.ndarray]:
         """Count the pixels of each label, image by image: (256,) int64."""
@@ -101,7 +104,7 @@ def _choose(split: str, hold_out: int, opened: dict[str, Sequence[Item]]) -> Seq
     return [items[place] for place in chosen] if isinstance(items, list) else _Lazy(items, chosen)
 
 
-class _Lazy(Sequence):
+class _Lazy(Sequence[Item]):
     """Some items of a sequence, read when asked for."""
 
     def __init__(self, items: Any, chosen: Sequence[int], labels: np.ndarray | None = None) -> None:

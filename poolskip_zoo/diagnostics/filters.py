@@ -93,6 +93,9 @@ class Diagnosis:
     left_out: dict[str, str]
     images: int
 
+    def __repr__(self) -> str:  # the layers have numbers of every channel
+        return f"Diagnosis(images={self.images}, summary={self.summary()})"
+
     def summary(self) -> dict[str, dict[str, int | None]]:
         """Counts by kind.
 
@@ -183,9 +186,9 @@ def _followed(name: str, kind: str) -> str:
 
 def _check(name: str, module: Any) -> None:
     if module.weight.is_meta:
-        raise ValueError(f"{name} is on the meta device: it has no weights to measure")
+        raise ValueError(f"{name or 'the model'} is on the meta device: it has no weights to measure")
     if not module.weight.isfinite().all():
-        raise ValueError(f"{name} has weights that are not finite")
+        raise ValueError(f"{name or 'the model'} has weights that are not finite")
 
 
 def _measure(model: nn.Module, activity: Activity, name: str, kind: str, depth: int, module: Any) -> LayerDiagnosis:
