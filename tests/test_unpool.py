@@ -149,6 +149,13 @@ def test_mask_of_another_map():
         poolskip_zoo.MaxUnpool2d(2)(pooled, torch.ones(1, 1, 12, 6, dtype=torch.bool))
 
 
+def test_indices_in_place_of_the_mask():
+    pooled, indices = nn.MaxPool2d(2, return_indices=True)(torch.randn(1, 1, 6, 6))
+    for size in (None, (6, 6)):
+        with pytest.raises(ValueError, match=r"mask is torch\.int64: expected the bool mask of .*MaxPool2d"):
+            poolskip_zoo.MaxUnpool2d(2)(pooled, indices, size)
+
+
 @every_rank
 def test_wrong_rank(dims):
     with pytest.raises(ValueError, match=f"expected {dims + 2}"):

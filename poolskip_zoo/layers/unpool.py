@@ -97,9 +97,11 @@ class _MaxUnpoolNd(nn.Module):
 
     @torch.jit.unused
     def _check_size(self, size: list[int], default: list[int], mask: Tensor) -> None:
+        if is_traced_or_exported():
+            return
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask is {mask.dtype}: expected the bool mask of poolskip_zoo's MaxPool{self.dims}d")
         for got, usual, e, full in zip(size, default, self.window, mask.shape[2:], strict=True):
-            if is_traced_or_exported():
-                return
             if abs(got - usual) >= e or abs(full - usual) >= e:
                 raise ValueError(
                     f"output_size={size} from a mask of {list(mask.shape[2:])}: each must lie within "
