@@ -128,7 +128,7 @@ def write_converted(
         RuntimeError: if a check fails; then there is no file.
     """
     lowered = lower_for(model, example, target, lowering, dynamic)
-    facts = verify.described(target, lowered.blocks, dynamic=list(dynamic)) | dict(metadata or {})
+    facts = verify.described(target, lowered.blocks, metadata, dynamic=list(dynamic))
     report = {"file": path.name, **facts, "checked_in": f"{target} CPU", "blocks": lowered.blocks}
     with kept(path) as made:
         run = make(lowered, made)

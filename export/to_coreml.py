@@ -1,6 +1,7 @@
 """Core ML packages (.mlpackage)."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _SIZE = torch.ops.aten.sym_size.int
 def to_coreml(
     model: nn.Module,
     example: Tensor | tuple[Any, ...],
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     lowering: str | None = None,
     dynamic: Sequence[str] = (),
@@ -59,7 +60,7 @@ def to_coreml(
         import coremltools
     except ImportError as error:
         raise ImportError("the export needs coremltools: pip install coremltools") from error
-    facts = described("coreml", lowered.blocks, dynamic=list(dynamic)) | dict(metadata or {})
+    facts = described("coreml", lowered.blocks, metadata, dynamic=list(dynamic))
     report: dict[str, Any] = {"file": path.name, **facts, "checked_in": "PyTorch before the conversion; not run"}
 
     def build(side: nn.Module, inputs: tuple[Tensor, ...], form: str) -> Run:

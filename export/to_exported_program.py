@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ _WAY_OUT = "leave fewer axes open (dynamic=('batch',), or () for none), or take 
 def to_exported_program(
     model: nn.Module,
     example: Tensor | tuple[Any, ...],
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     dynamic: Sequence[str] = ("batch",),
     lowering: str | None = None,
@@ -63,11 +64,11 @@ def to_exported_program(
     *others, last = _CAPTURES if dynamic else _CAPTURES[-1:]
     for options in others:
         try:
-            return _write(model, args, path, dynamic, lowering, metadata or {}, options)
+            return _write(model, args, path, dynamic, lowering, metadata, options)
         except (RuntimeError, ValueError) as error:
             if isinstance(error.__cause__, OSError):  # a full disk is full the next time, too
                 raise
-    return _write(model, args, path, dynamic, lowering, metadata or {}, last)
+    return _write(model, args, path, dynamic, lowering, metadata, last)
 
 
 def _write(
@@ -76,7 +77,7 @@ def _write(
     path: Path,
     dynamic: Sequence[str],
     lowering: str | None,
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None,
     options: dict[str, bool],
 ) -> dict[str, Any]:
     """Capture with torch's options, lower, write and check."""
@@ -85,7 +86,7 @@ def _write(
         lowered = lower_unpooling(captured, lowering=lowering)
         program = torch.export.export(lowered, inputs[0], dynamic_shapes=shapes_of(inputs[0], dynamic), strict=False)
     blocks = [block.to_dict() for block in blocks_of(lowered)]
-    facts = described("pt2", blocks, dynamic=list(dynamic)) | dict(metadata)
+    facts = described("pt2", blocks, metadata, dynamic=list(dynamic))
     report = {"file": path.name, **facts, "checked_in": "PyTorch CPU", "blocks": blocks}
     with kept(path) as temporary:
         buffer = io.BytesIO()  # on a full disk torch's own writer ends the process

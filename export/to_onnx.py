@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ __all__ = ["Half", "compared", "to_onnx"]
 def to_onnx(
     model: nn.Module,
     example: Tensor | tuple[Any, ...],
-    path: str | Path,
+    path: str | os.PathLike[str],
     target: str = "onnxruntime",
     *,
     dynamic: Sequence[str] | None = None,
@@ -98,7 +99,7 @@ def to_onnx(
         proto, made = _export(lowered, args, dynamic, opset)
     unoptimized = partial(_export, lowered, args, dynamic, opset, optimize=False)
     blocks = [block.to_dict(half) for block in blocks_of(lowered)]
-    facts = verify.described(target, blocks, opset=opset, half=half, dynamic=list(dynamic)) | dict(metadata or {})
+    facts = verify.described(target, blocks, metadata, opset=opset, half=half, dynamic=list(dynamic))
     _finish(proto, args, dynamic, facts)
     report = {"file": path.name, **facts, "checked_in": verify.checked_in(choice.runtime), "blocks": blocks}
     report.pop("class_names", None)

@@ -2,9 +2,9 @@
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ __all__ = ["to_torchscript"]
 def to_torchscript(
     model: nn.Module,
     example: Tensor | tuple[Any, ...],
-    path: str | Path,
+    path: str | os.PathLike[str],
     method: str = "trace",
     *,
     dynamic: Sequence[str] = ("batch",),
@@ -60,7 +60,7 @@ def to_torchscript(
         inputs = first_fit(open_inputs(args, dynamic), dynamic, partial(run_at, model))
         inputs += taken_of(model, odd_inputs(args, dynamic))
         module, blocks = (torch.jit.script(model), []) if method == "script" else _trace(model, inputs[0], dynamic)
-    facts = described("torchscript", blocks, method=method, dynamic=list(dynamic)) | dict(metadata or {})
+    facts = described("torchscript", blocks, metadata, method=method, dynamic=list(dynamic))
     report = {"file": path.name, **facts, "checked_in": "PyTorch CPU", "blocks": blocks}
     with kept(path) as temporary:
         buffer = io.BytesIO()  # on a full disk torch's own writer ends the process

@@ -222,12 +222,22 @@ def judge(outputs: dict[str, Any], path: Path, reference: str = "eager mode") ->
         )
 
 
-def described(target: str, blocks: Iterable[Mapping[str, Any]], **facts: Any) -> dict[str, Any]:
-    """What a report begins with, and a file keeps as metadata: version, target or format, lowerings, and `facts`."""
+def described(
+    target: str, blocks: Iterable[Mapping[str, Any]], metadata: Mapping[str, Any] | None = None, **facts: Any
+) -> dict[str, Any]:
+    """What a report begins with, and a file keeps: version, target or format, lowerings, `facts`, the user's metadata.
+
+    Raises ValueError if that cannot be written as JSON.
+    """
     from .. import __version__
 
+    for key, value in (metadata or {}).items():
+        try:
+            json.dumps({key: value})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"metadata: {key!r} is not JSON-ready: {error}") from error
     used = sorted({block["lowering"] for block in blocks})
-    return {"package_version": __version__, "target": target, "lowering": used, **facts}
+    return {"package_version": __version__, "target": target, "lowering": used, **facts, **(metadata or {})}
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:

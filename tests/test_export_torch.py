@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -308,6 +309,8 @@ def test_options_are_checked(tmp_path):
         to_exported_program(DropIn().eval(), x, tmp_path / "net.pt2", lowering="scatter")
     with pytest.raises(ValueError, match="dynamic='depth'"):
         to_exported_program(model, x, tmp_path / "net.pt2", dynamic=("depth",))
+    with pytest.raises(ValueError, match=r"metadata: 'mean' is not JSON-ready: .* float32"):
+        to_torchscript(model, x, tmp_path / "net.pt", metadata={"checkpoint": "a.b", "mean": [np.float32(0.5)]})
     assert not list(tmp_path.iterdir())
 
 
