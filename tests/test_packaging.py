@@ -306,6 +306,12 @@ print(sorted(name for name in sys.modules if name.startswith("poolskip_zoo.")))
     assert not [m for m in ast.literal_eval(modules) if m.split(".")[1] in ("cli", "training", "hub", "diagnostics")]
 
 
+def test_parts_are_imported_when_they_are_asked_for():
+    asked = "poolskip_zoo.diagnostics.diagnose, poolskip_zoo.export.to_onnx, poolskip_zoo.inference.Classifier"
+    run(f"import poolskip_zoo; {asked}, poolskip_zoo.pruning.prune_inert, poolskip_zoo.training.train")
+    run("import poolskip_zoo; assert not hasattr(poolskip_zoo, 'exports')")
+
+
 def test_a_stray_import_of_the_folder_fails_loudly():
     done = subprocess.run([sys.executable, "-c", "import registry"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode
