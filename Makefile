@@ -23,12 +23,14 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# mypy sees the packages where the wheel puts them: registry/ is poolskip_zoo.registry there.
+# mypy sees the packages where the wheel puts them: registry/ is poolskip_zoo.registry there. Then a user's program.
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build && $(BIN)/python -m pip install --quiet --no-deps --target build/typed .
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml poolskip_zoo
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --strict --follow-imports silent \
+		../../tests/test_typed_program.py
 
 tables: $(VENV)/installed
 	$(BIN)/python docs/make_tables.py

@@ -1,6 +1,7 @@
 """Existing ONNX files with max-unpooling, from any exporter, in the form that a target runs, checked there."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ _GIVE = "give a size that it runs at (--size, size=), or arrays, rewrite_onnx(â€
 
 
 def rewrite_onnx(
-    source: str | Path,
-    path: str | Path,
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
     target: str = "onnxruntime",
     *,
     lowering: str | None = None,

@@ -83,7 +83,7 @@ def check_target(target: str, lowering: str | None = None, onnx: bool = True) ->
     return choice
 
 
-def check_output(path: str | Path, *suffixes: str) -> Path:
+def check_output(path: str | os.PathLike[str], *suffixes: str) -> Path:
     """Refuse, before the work, a path that cannot be written or a name that a format's readers would not know.
 
     Args:

@@ -1,5 +1,6 @@
 """ExecuTorch's programs (.pte) for XNNPACK."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ __all__ = ["to_executorch"]
 def to_executorch(
     model: nn.Module,
     example: Tensor | tuple[Any, ...],
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     lowering: str | None = None,
     dynamic: Sequence[str] = (),

@@ -1,5 +1,6 @@
 """LiteRT's files (.tflite)."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ __all__ = ["to_litert"]
 def to_litert(
     model: nn.Module,
     example: Tensor | tuple[Any, ...],
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     lowering: str | None = None,
     dynamic: Sequence[str] = (),

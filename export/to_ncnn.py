@@ -1,5 +1,6 @@
 """ncnn's files (.param with .bin), made of ONNX by pnnx."""
 
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ __all__ = ["to_ncnn"]
 def to_ncnn(
     model: nn.Module,
     example: Tensor | tuple[Any, ...],
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     dynamic: Sequence[str] = (),
     metadata: Mapping[str, Any] | None = None,

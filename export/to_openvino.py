@@ -1,7 +1,7 @@
 """OpenVINO's own files (.xml with .bin)."""
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ __all__ = ["to_openvino"]
 def to_openvino(
     model: nn.Module,
     example: Tensor | tuple[Any, ...],
-    path: str | Path,
+    path: str | os.PathLike[str],
     *,
     dynamic: Sequence[str] | None = None,
     half: bool = False,

@@ -128,7 +128,7 @@ class Classifier:
             raise ValueError(f"{type(model).__name__} takes {config['input_size'][0]} channels: images are read as RGB")
         self.model = model.eval()
         self.transform = create_transform(**config)
-        labels = model.pretrained_cfg.get("label_names") or ()
+        labels: Sequence[str] = model.pretrained_cfg.get("label_names") or ()
         subset = infer_imagenet_subset(model)
         if len(labels) == model.num_classes:
             self.labels = list(labels)

@@ -1,6 +1,7 @@
 """`poolskip info`: size, cost, placement and weights of a model beside its base."""
 
 import argparse
+from typing import Any
 
 HELP = "parameters, MACs, latency, placement and weights of a model beside its base"
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _grouped(places: list[dict]) -> dict[tuple[str, int], list[str]]:
+def _grouped(places: list[dict[str, Any]]) -> dict[tuple[str, int], list[str]]:
     groups: dict[tuple[str, int], list[str]] = {}
     for place in places:
         sizes = dict.fromkeys(place["pool_size"])

@@ -1,5 +1,6 @@
 """Diagnoses of one model, or of two beside each other, as a table and as pictures."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import mean, median
@@ -92,7 +93,7 @@ def _sums(models: list[Diagnosis]) -> list[str]:
     return lines
 
 
-def draw(folder: Path, diagnoses: Mapping[str, Diagnosis]) -> list[Path]:
+def draw(folder: str | os.PathLike[str], diagnoses: Mapping[str, Diagnosis]) -> list[Path]:
     """Draw each measure over the model's depth, of all models in one PNG for each measure.
 
     Args:
@@ -128,7 +129,7 @@ def draw(folder: Path, diagnoses: Mapping[str, Diagnosis]) -> list[Path]:
         axes.grid(alpha=0.3)
         for text in figure.legend(loc="outside upper center").get_texts():
             text.set_parse_math(False)  # a path may have $ in it
-        path = folder / f"{measure}.png"
+        path = Path(folder, f"{measure}.png")
         save_figure(figure, path)
         paths.append(path)
     return paths

@@ -1,7 +1,7 @@
 """Where Pool Skip goes, as plain data: presets of model families, name patterns, predicates, and `auto`."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -67,9 +67,9 @@ class Rule:
         return of_parent and fnmatchcase(name, self.names) and not fnmatchcase(name, self.exclude)
 
 
-Placement = tuple[Rule, ...]
+Placement = Sequence[Rule]
 Predicate = Callable[[str, nn.Module], bool]
-PlacementLike = str | Iterable[str] | Rule | Placement | Predicate | None
+PlacementLike = str | Rule | Iterable[str | Rule] | Predicate | None
 
 _PRESETS: dict[type[nn.Module], Mapping[str, Placement]] = {}
 

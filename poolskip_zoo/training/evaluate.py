@@ -77,7 +77,7 @@ def evaluate(
     model: nn.Module,
     loader: Batches,
     *,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Scores:
     """Evaluate a classifier; it is put into evaluation mode and back.
@@ -108,7 +108,7 @@ def evaluate_segmentation(
     void: int,
     window: Sequence[int] = (),
     overlap: float = 0.5,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> SegmentationScores:
     """Evaluate a segmentation model at the resolution of the labels; it is put into evaluation mode and back.
@@ -171,7 +171,7 @@ def _sum_batches(
     forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     sums: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     length: int,
-    autocast: Callable[[], AbstractContextManager],
+    autocast: Callable[[], AbstractContextManager[Any]],
     reduce: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> torch.Tensor:
     """Sum what every batch gives, `length` float64 with the number of images at the end, over the processes too."""

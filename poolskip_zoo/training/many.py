@@ -291,7 +291,7 @@ def split_weights(folder: Path, part_size: str) -> None:
             new.replace(parts)
 
 
-def join_weights(folder: Path) -> None:
+def join_weights(folder: str | os.PathLike[str]) -> None:
     """Make a run's `model.safetensors` again from its parts, equal to the byte.
 
     Args:
@@ -302,11 +302,11 @@ def join_weights(folder: Path) -> None:
     """
     from safetensors.torch import load_file, save
 
-    path = folder / WEIGHTS
+    path, parts = Path(folder, WEIGHTS), Path(folder, "parts")
     if path.exists():
         return
-    files = sorted((folder / "parts").glob("*.safetensors"))
-    index = folder / "parts" / "model.safetensors.index.json"
+    files = sorted(parts.glob("*.safetensors"))
+    index = parts / "model.safetensors.index.json"
     wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.exists() else set()
     missing = sorted(wanted - {file.name for file in files})
     if missing or not files:

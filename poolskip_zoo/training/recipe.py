@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -234,7 +235,7 @@ def read_file(path: Path) -> Any:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
@@ -252,7 +253,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         >>> load_recipe("resnet20_cifar.c10", ["epochs=5", "seed=1"]).epochs
         5
     """
-    path = _find(str(source))
+    path = _find(os.fspath(source))
     values = read_file(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of recipe keys, not {type(values).__name__}")
