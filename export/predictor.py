@@ -59,7 +59,7 @@ class Predictor:
         self._run, text, batch = _load(path, (runtime,) if runtime else runtimes)
         if not text:
             raise ValueError(f"{path} holds no metadata of poolskip-zoo's exporter")
-        self.metadata = json.loads(text)
+        self.metadata: dict[str, Any] = json.loads(text)
         if batch != 1:
             raise ValueError(f"{path} takes exactly {batch} images at once: export it with the batch open, or with one")
         lacking = {"input_size", "mean", "std", "interpolation", "crop_pct"} - set(self.metadata)

@@ -113,7 +113,7 @@ class Classifier:
         model: a timm model with a classifier.
 
     Raises:
-        ValueError: if it is no model of timm's kind, has no classifier, or takes no RGB images.
+        ValueError: if it is no model of timm's kind, has no classifier, or its configuration is of no RGB images.
     """
 
     def __init__(self, model: Any) -> None:

@@ -16,7 +16,7 @@ from poolskip_zoo.diagnostics import Diagnosis, diagnose, draw
 from poolskip_zoo.export import to_torchscript
 from poolskip_zoo.inference import Classifier
 from poolskip_zoo.layers import Place, Rule, register_placements
-from poolskip_zoo.training import Scores, evaluate, join_weights, load_recipe
+from poolskip_zoo.training import Outcome, Scores, evaluate, join_weights, load_recipe
 
 
 class Named:
@@ -54,6 +54,7 @@ def test_paths_of_any_kind(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(load_recipe("resnet20_cifar.c10").to_yaml(), encoding="utf-8")
     assert load_recipe(Named(recipe)) == load_recipe(recipe)
+    assert Outcome(load_recipe(recipe), "done").state != "finished"  # type: ignore[arg-type]
     found = diagnose(nn.Conv2d(3, 4, 3))
     assert_type(found, Diagnosis)
     assert draw(str(tmp_path / "pictures"), {"conv": found})[0].parent == tmp_path / "pictures"

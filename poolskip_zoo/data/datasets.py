@@ -239,7 +239,7 @@ def load_splits(
         The splits, each in the data set's own order: shuffle it.
 
     Raises:
-        ValueError: if the name, the split, or `hold_out` is unknown or impossible.
+        ValueError: if the name, the split, or `hold_out` is unknown or impossible, or no folder is named.
         FileNotFoundError: if the folder or a file is missing, or a file of CIFAR-10 or CIFAR-100 is damaged.
         RuntimeError: if a pack is damaged, or its classes are not as many as the data set's.
     """

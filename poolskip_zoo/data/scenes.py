@@ -74,7 +74,7 @@ def load_scenes(
         The splits, each in the order of its file names.
 
     Raises:
-        ValueError: if the name, the split, or `hold_out` is unknown or impossible.
+        ValueError: if the name, the split, or `hold_out` is unknown or impossible, or no folder is named.
         FileNotFoundError: if the folder or a file is missing.
         RuntimeError: if a file is damaged.
     """

@@ -191,8 +191,8 @@ class MaxUnpool2d(_MaxUnpoolNd):
         The values at the places of the mask, zero elsewhere.
 
     Raises:
-        ValueError: if `output_size` or the mask is not within one window of e·h, e·w, or for any other stride or
-            padding.
+        ValueError: if `output_size` or the mask is not within one window of e·h, e·w, for indices in place of the mask,
+            or for any other stride or padding.
     """
 
     dims = 2

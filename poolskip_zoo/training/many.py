@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -41,7 +41,7 @@ class Outcome:
     """
 
     recipe: Recipe
-    state: str
+    state: Literal["finished", "stopped", "waiting", "failed"]
     metrics: dict[str, Any] | None = None
     scores: dict[str, Any] | None = None
     error: str = ""
