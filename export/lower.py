@@ -171,14 +171,13 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     equal results one may be overwritten. Elsewhere they stay: to trace a ResNet anew takes longer than to capture it.
     """
     nodes = list(program.graph.nodes)
-    merged = any(unpoolings(program.graph).values())
-    for place, node in enumerate(nodes):
-        indices = root(node.args[1]) if node.target in UNPOOLS else None
-        if indices is not None and from_pool(indices):
-            between = nodes if merged else nodes[nodes.index(indices.args[0]) : place]
-            schemas = [getattr(each.target, "_schema", None) for each in between]
-            if any(schema and schema.is_mutable for schema in schemas):
-                return program.run_decompositions({})
+    indices = {place: root(node.args[1]) for place, node in enumerate(nodes) if node.target in UNPOOLS}
+    spans = [nodes[nodes.index(made.args[0]) : place] for place, made in indices.items() if from_pool(made)]
+    if any(unpoolings(program.graph).values()):
+        spans = [nodes]
+    schemas = [getattr(node.target, "_schema", None) for span in spans for node in span]
+    if any(schema and schema.is_mutable for schema in schemas):
+        return program.run_decompositions({})
     return program
 
 

@@ -166,6 +166,19 @@ def test_pairs_that_meet(function, lowering):
     assert torch.equal(got, expected)
 
 
+def test_values_that_a_view_changes_between_two_unpoolings_by_given_indices():
+    values, indices = pool(torch.randn(2, 3, 8, 6))
+
+    def twice(x):
+        x = x * 2
+        first = F.max_unpool2d(x, indices, 2)
+        x.view(-1).add_(1)
+        return first + F.max_unpool2d(x, indices, 2)
+
+    lowered = lower_unpooling(Function(twice).eval(), values, lowering="scatter", dynamic_shapes=None)
+    assert torch.equal(lowered(values), twice(values))
+
+
 def test_unpoolings_of_one_pooling_to_two_sizes():
     def two_sizes(x):
         y, i = pool(x)
