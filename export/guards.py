@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._sympy.printers import PythonPrinter
 
 from ..layers import functional
-from .inputs import axes_of, random_like, taken_of
+from .inputs import axes_of, random_args, taken_of
 
 __all__ = ["beyond_guards"]
 
@@ -180,6 +180,4 @@ def _sizes(args: Args) -> Sizes:
 
 def _resized(args: Args, sizes: Sizes) -> Args:
     """Random arguments of these sizes."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [[sizes[f"x{i}_{axis}"] for axis in range(value.dim())] for i, value in enumerate(args)]
-    return tuple(random_like(*each, generator) for each in zip(args, shapes, strict=True))
+    return random_args(args, ([sizes[f"x{i}_{j}"] for j in range(value.dim())] for i, value in enumerate(args)))

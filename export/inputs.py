@@ -19,7 +19,7 @@ __all__ = [
     "odd_inputs",
     "open_inputs",
     "parted",
-    "random_like",
+    "random_args",
     "run_at",
     "shapes_of",
     "taken_of",
@@ -87,11 +87,15 @@ def shapes_of(args: tuple[Any, ...], dynamic: Sequence[str]) -> tuple[Any, ...]:
     )
 
 
-def random_like(value: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Random numbers of another shape; of integers and truth values some of the argument's: others may mean nothing."""
-    if value.is_floating_point():
-        return torch.randn(shape, generator=generator).to(value.dtype)
-    return value.flatten()[torch.randint(value.numel(), tuple(shape), generator=generator)]
+def random_args(args: tuple[Any, ...], shapes: Iterable[Sequence[int]], seed: int = 0) -> tuple[Any, ...]:
+    """Random arguments of other shapes; of integers and truth values some of the given: others may mean nothing."""
+    generator, result = torch.Generator().manual_seed(seed), []
+    for value, shape in zip(args, shapes, strict=True):
+        if value.is_floating_point():
+            result.append(torch.randn(tuple(shape), generator=generator).to(value.dtype))
+        else:
+            result.append(value.flatten()[torch.randint(value.numel(), tuple(shape), generator=generator)])
+    return tuple(result)
 
 
 def run_at(model: nn.Module, inputs: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
@@ -116,8 +120,7 @@ def run_at(model: nn.Module, inputs: list[tuple[Any, ...]]) -> list[tuple[Any, .
 
 def with_random(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     """Two tuples of arguments: the given ones, and random values of the same shapes."""
-    generator = torch.Generator().manual_seed(1)
-    return [args, tuple(random_like(each, each.shape, generator) for each in args)]
+    return [args, random_args(args, (each.shape for each in args), seed=1)]
 
 
 def open_inputs(args: tuple[Any, ...], dynamic: Sequence[str]) -> Iterator[list[tuple[Any, ...]]]:
@@ -125,12 +128,12 @@ def open_inputs(args: tuple[Any, ...], dynamic: Sequence[str]) -> Iterator[list[
 
     There is one list where no spatial axis is open; else one of odd sizes, then one of multiples of 32.
     """
-    batches = (2, 1, 3, 1) if "batch" in dynamic else (0,) * 4
     if any(name != "batch" for name in dynamic):
         for sizes in OPEN_SIZES:
-            yield [*(_resized(args, dynamic, *each) for each in zip(batches, (*sizes, _SQUARE), strict=True)), args]
+            batches = zip((2, 1, 3, 1), (*sizes, _SQUARE), strict=True)
+            yield [*(_of_size(args, dynamic, *each) for each in batches), args]
     elif dynamic:
-        yield [*(_resized(args, dynamic, batch, None) for batch in batches[:3]), args]
+        yield [*(_of_size(args, dynamic, batch) for batch in (2, 1, 3)), args]
     else:
         yield with_random(args)
 
@@ -139,21 +142,24 @@ def odd_inputs(args: tuple[Any, ...], dynamic: Sequence[str]) -> list[tuple[Any,
     """Small arguments of sizes that a model need not take; none where no spatial axis is open."""
     if all(name == "batch" for name in dynamic):
         return []
-    return [_resized(args, dynamic, 1 if "batch" in dynamic else 0, sizes) for sizes in _ODD_SIZES]
+    return [_of_size(args, dynamic, 1, sizes) for sizes in _ODD_SIZES]
 
 
-def _resized(args: tuple[Any, ...], dynamic: Sequence[str], batch: int, sizes: Sequence[int] | None) -> tuple[Any, ...]:
-    """Arguments with other sizes of the open axes, of random numbers."""
-    generator, result = torch.Generator().manual_seed(0), []
-    for value in args:
-        shape, named = list(value.shape), axes_of(value)
-        for axis, name in named.items():
-            if name in dynamic and axis == 0:
-                shape[0] = batch
-            elif name in dynamic and sizes:
-                shape[axis] = sizes[axis % 2] // (4 if value.dim() == 5 else 1)
-        result.append(random_like(value, shape, generator))
-    return tuple(result)
+def _of_size(args: tuple[Any, ...], dynamic: Sequence[str], batch: int, sizes: Sequence[int] = ()) -> tuple[Any, ...]:
+    """Random arguments of this size, a quarter of it for volumes, on the open axes."""
+    return _resized(args, dynamic, lambda x, axis: sizes[axis % 2] // (4 if x.dim() == 5 else 1) if axis else batch)
+
+
+def _resized(
+    args: tuple[Any, ...], dynamic: Sequence[str], size: Callable[[Tensor, int], int], seed: int = 0
+) -> tuple[Any, ...]:
+    """Random arguments, each open axis of the size that a function of argument and axis gives."""
+    shapes = [list(value.shape) for value in args]
+    for value, shape in zip(args, shapes, strict=True):
+        for axis, name in axes_of(value).items():
+            if name in dynamic:
+                shape[axis] = size(value, axis)
+    return random_args(args, shapes, seed)
 
 
 def bounded(args: tuple[Any, ...], dynamic: Sequence[str]) -> tuple[Any, ...] | None:
@@ -176,16 +182,14 @@ def parted(args: tuple[Any, ...], dynamic: Sequence[str], part: int, step: int) 
 
     Spatial sizes are multiples of `step`, odd ones with 1, and never larger than the given ones.
     """
-    generator, result = torch.Generator().manual_seed(part), []
-    for value in args:
-        shape = list(value.shape)
-        for axis, name in axes_of(value).items():
-            if name in dynamic:
-                size = max(1, shape[axis] // part)
-                fitting = size | 1 if step == 1 else -(-size // step) * step
-                shape[axis] = min(shape[axis], fitting) if axis else size if part < 4 else 1
-        result.append(random_like(value, shape, generator))
-    return tuple(result)
+
+    def size(value: Tensor, axis: int) -> int:
+        full, smaller = value.shape[axis], max(1, value.shape[axis] // part)
+        if axis == 0:
+            return smaller if part < 4 else 1
+        return min(full, smaller | 1 if step == 1 else -(-smaller // step) * step)
+
+    return _resized(args, dynamic, size, seed=part)
 
 
 def first_fit(

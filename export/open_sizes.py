@@ -17,7 +17,7 @@ from .inputs import (
     odd_inputs,
     open_inputs,
     parted,
-    random_like,
+    random_args,
     run_at,
     shapes_of,
     taken_of,
@@ -111,8 +111,7 @@ def _apart(
                 known += [str(size)] if str(size) not in known else []
                 sizes[i][axis] = inputs[known.index(str(size)) % 3][i].shape[axis]
     if any(len(known) > 1 for known in symbols.values()):
-        generator = torch.Generator().manual_seed(0)
-        yield tuple(random_like(*each, generator) for each in zip(inputs[0], sizes, strict=True))
+        yield random_args(inputs[0], sizes)
 
 
 def unguarded(module: nn.Module) -> GraphModule:

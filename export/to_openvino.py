@@ -4,11 +4,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..contexts import kept
-from .inputs import random_like
+from .inputs import random_args
 from .lower import as_args
 from .targets import check_output
 from .to_onnx import Half, compared, to_onnx
@@ -60,11 +59,8 @@ def to_openvino(
         )
         program = openvino.Core().read_model(str(onnx_file))
         openvino.save_model(program, str(converted), compress_to_fp16=half)
-        args, generator = as_args(example), torch.Generator().manual_seed(1)
-        inputs = [
-            tuple(random_like(*each, generator) for each in zip(args, shapes, strict=True))
-            for shapes in report["outputs"]["inputs"]
-        ]
+        args = as_args(example)
+        inputs = [random_args(args, shapes, seed=1) for shapes in report["outputs"]["inputs"]]
         judged = Half(model).eval() if half else model
         found = compared(runner(converted, "openvino"), judged, model, [*inputs, args], path)
         # Windows that flipped are those of the ONNX file.
