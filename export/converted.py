@@ -1,6 +1,6 @@
 """What the formats share that have a converter of their own: the lowered module, the checks, and the files."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -240,15 +240,6 @@ def _unpooled(x: Tensor, window: list[int], ceil_mode: bool, own: bool) -> Tenso
 def _flips(lowered: Lowered, make: Make, path: Path) -> dict[str, float]:
     """What `verify.flipped_windows` finds beside eager mode, of a file that returns the pooled maps."""
     module, places = returning_maps(lowered.module, (forms.keys, forms.arith), lowered.blocks)
-    if not places:
-        return verify.flipped_windows([])
-    run = make(replace(lowered, module=module), path)
-
-    def maps(args: tuple[Any, ...]) -> Iterator[Any]:
-        with torch.no_grad():
-            ours = module(*args)
-        theirs = map(torch.from_numpy, run([each.numpy() for each in args]))
-        for one, other, place in zip(ours, theirs, places, strict=True):
-            yield one, other, lowered.blocks[place]["window"], lowered.blocks[place]["ceil_mode"]
-
-    return verify.flipped_windows(map(maps, lowered.inputs))
+    run = make(replace(lowered, module=module), path) if places else verify.in_torch(module)
+    arrays = ([each.numpy() for each in args] for args in lowered.inputs)
+    return verify.flipped_windows(verify.in_torch(module), run, [lowered.blocks[place] for place in places], arrays)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +186,10 @@ class _File:
         """Sizes of all values that matter, pooled maps and outputs of the original."""
         from .rewrite_cut import Seen
 
-        given = {value.name for value in self.inputs}
-        names = {value.name: None for each in self.found for value in each.watched()}
-        added = [str(name) for name in names if name not in given]
-        run, self.engine = _start(_with_outputs(self.original, added))
+        given, ends = ([value.name for value in side] for side in (self.inputs, self.original.graph.output))
+        watched = [value.name for each in self.found for value in each.watched() if value.name not in given]
+        names = list(dict.fromkeys([*ends, *watched]))
+        run, self.engine = _start(verify.returning(self.original, names))
         pooled = {each.x.name for each in self.found if each.pooling is not None}
         self.arrays, self.outputs, self.maps = inputs, list[list[np.ndarray]](), list[dict[str, np.ndarray]]()
         shapes: dict[str, list[tuple[int, ...]]] = {}
@@ -204,10 +204,8 @@ class _File:
             if any(each.size == 0 for each in results):
                 # Nothing would be compared.
                 raise _Refused(f"a map is empty on inputs of shape {sizes}; {_GIVE}")
-            number = len(self.original.graph.output)
-            self.outputs.append(results[:number])
-            values = dict(zip((value.name for value in self.inputs), arrays, strict=True))
-            values.update(zip(added, results[number:], strict=True))
+            values = dict(zip([*given, *names], [*arrays, *results], strict=True))
+            self.outputs.append([values[name] for name in ends])
             self.maps.append({name: values[name] for name in pooled})
             for name, value in values.items():
                 shapes.setdefault(name, []).append(value.shape)
@@ -271,24 +269,20 @@ class _File:
 
     def flips(self, blocks: list[dict[str, Any]], runtime: str) -> dict[str, float]:
         """What `verify.flipped_windows` finds beside the original."""
-        pairs = [(each, b) for (each, _), b in zip(self.written, blocks, strict=True) if b["lowering"] != "scatter"]
         given = {value.name for value in self.inputs}
-        asked = list(dict.fromkeys(each.x.name for each, _ in pairs if each.x.name not in given))
-        if not asked:
-            return verify.flipped_windows([])
-        number = len(self.proto.graph.output)
-        run = verify.runner(_with_outputs(self.proto, asked), runtime)
+        watched = [
+            (each.x.name, block)
+            for (each, _), block in zip(self.written, blocks, strict=True)
+            if block["lowering"] != "scatter" and each.x.name not in given
+        ]
+        names, maps = [name for name, _ in watched], iter(self.maps)
 
-        def maps(arrays: list[np.ndarray], original: dict[str, np.ndarray]) -> Iterator[Any]:
-            found = dict(zip(asked, run(arrays)[number:], strict=True))
-            for each, block in pairs:
-                if each.x.name in found:
-                    # Sequences are compared as maps one cell wide.
-                    one = (..., None) if len(block["window"]) == 1 else ...
-                    both = (torch.from_numpy(side[each.x.name][one]) for side in (original, found))
-                    yield *both, [*block["window"], 1][: max(2, len(block["window"]))], block["ceil_mode"]
+        def original(_: Any) -> list[np.ndarray]:
+            found = next(maps)
+            return [found[name] for name in names]
 
-        return verify.flipped_windows(map(maps, self.arrays, self.maps))
+        run = verify.values_of(self.proto, names, runtime)
+        return verify.flipped_windows(original, run, [block for _, block in watched], self.arrays)
 
 
 class _Refused(RuntimeError):
@@ -347,13 +341,3 @@ def _start(model: Any) -> tuple[verify.Run, str]:
         evaluator: Any = ReferenceEvaluator(onnx.load_from_string(content))
         names = evaluator.input_names
         return lambda arrays: evaluator.run(None, dict(zip(names, arrays, strict=True))), "onnx reference"
-
-
-def _with_outputs(model: Any, names: list[str]) -> bytes:
-    """The model with more outputs after its own."""
-    import onnx
-
-    extended = onnx.ModelProto()
-    extended.CopyFrom(model)
-    extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    return extended.SerializeToString()

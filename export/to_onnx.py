@@ -239,30 +239,13 @@ def _flips(
     runtime: str,
 ) -> dict[str, float]:
     """What `verify.flipped_windows` finds beside eager mode."""
-    import onnx
-
     from .onnx_forms import OPERATORS
 
     masked = [operator for lowering, operator in OPERATORS.items() if lowering != "scatter"]
     module, places = returning_maps(lowered, masked, blocks)
-    names = [made[place].input_names()[-1] for place in places]
-    if not places:
-        return verify.flipped_windows([])
-    extended = onnx.ModelProto()
-    extended.CopyFrom(proto)
-    known = {value.name: value for each in ("input", "value_info", "output") for value in getattr(proto.graph, each)}
-    del extended.graph.output[:]
-    extended.graph.output.extend(known[name] for name in dict.fromkeys(names))
-    run = verify.runner(extended.SerializeToString(), runtime)
-
-    def maps(args: tuple[Any, ...]) -> Iterator[Any]:
-        with torch.no_grad():
-            ours = module(*args)
-        theirs = dict(zip(dict.fromkeys(names), run([each.numpy() for each in args]), strict=True))
-        for one, name, place in zip(ours, names, places, strict=True):
-            yield one, torch.from_numpy(theirs[name]), blocks[place]["window"], blocks[place]["ceil_mode"]
-
-    return verify.flipped_windows(map(maps, inputs))
+    run = verify.values_of(proto, [made[place].input_names()[-1] for place in places], runtime)
+    arrays = ([each.numpy() for each in args] for args in inputs)
+    return verify.flipped_windows(verify.in_torch(module), run, [blocks[place] for place in places], arrays)
 
 
 def _write_beside(path: Path, report: dict[str, Any]) -> None:

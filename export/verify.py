@@ -24,9 +24,11 @@ __all__ = [
     "in_torch",
     "judge",
     "relative_error",
+    "returning",
     "runner",
     "torch_pool",
     "torch_unpool",
+    "values_of",
     "write_report",
 ]
 
@@ -34,8 +36,6 @@ __all__ = [
 KEY = "poolskip_zoo"
 
 Run = Callable[[Sequence[Any]], list[Any]]
-# A pooled map of eager mode, the same in the runtime, window and `ceil_mode`.
-_Map = tuple[Tensor, Tensor, list[int], bool]
 
 _NEEDS = "checking the file needs {}: pip install 'poolskip-zoo[export]'"
 
@@ -84,6 +84,31 @@ def runner(model: str | Path | bytes, runtime: str) -> Run:
         raise RuntimeError(f"{runtime} refuses the model: {first_line(error)}") from error
     names = [each.name for each in session.get_inputs()]
     return lambda arrays: session.run(None, dict(zip(names, arrays, strict=True)))
+
+
+def returning(model: Any, names: Iterable[str]) -> bytes:
+    """An ONNX model that returns these of its values in place of its outputs."""
+    import onnx
+
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    del changed.graph.output[:]
+    changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return changed.SerializeToString()
+
+
+def values_of(model: Any, names: Sequence[str], runtime: str) -> Run:
+    """Run an ONNX model for the values of these names, which may repeat."""
+    different = list(dict.fromkeys(names))
+    if not different:
+        return lambda arrays: []
+    run = runner(returning(model, different), runtime)
+
+    def values(arrays: Sequence[Any]) -> list[Any]:
+        found = dict(zip(different, run(arrays), strict=True))
+        return [found[name] for name in names]
+
+    return values
 
 
 def in_torch(module: Callable[..., Any]) -> Run:
@@ -246,27 +271,30 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def flipped_windows(inputs: Iterable[Iterable[_Map]]) -> dict[str, float]:
-    """Share of pooling windows whose maximum lies elsewhere in the two runs, as it may between near-equal values.
+def flipped_windows(
+    ours: Run, theirs: Run, blocks: Sequence[Mapping[str, Any]], inputs: Iterable[Any]
+) -> dict[str, float]:
+    """Share of pooling windows whose maximum lies elsewhere in two runs, as it may between near-equal values.
 
-    `error_where_flipped`: the largest error of an input's first map, in the graph's order, with some; where that is
-    small, near-ties are the cause, and not another error before them.
+    Each run returns the pooled map of each block. `error_where_flipped`: the largest error of an input's first map, in
+    the graph's order, with some; where that is small, near-ties are the cause, and not another error before them.
     """
     flipped, total, worst = 0, 0, 0.0
-    for maps in inputs:
+    for arrays in inputs:
         before = flipped
-        for ours, theirs, window, ceil_mode in maps:
-            places = [torch_pool(each.float(), window, ceil_mode)[1] for each in (ours, theirs)]
+        for *both, block in zip(ours(arrays), theirs(arrays), blocks, strict=True):
+            one, other = map(torch.from_numpy, both)
+            places = [torch_pool(each.float(), block["window"], block["ceil_mode"])[1] for each in (one, other)]
             different = int((places[0] != places[1]).sum())
             if different and flipped == before:
-                worst = max(worst, relative_error(theirs, ours))
+                worst = max(worst, relative_error(other, one))
             flipped, total = flipped + different, total + places[0].numel()
     return {"flipped_windows": flipped / total if total else 0.0, "error_where_flipped": worst}
 
 
 def torch_pool(x: Tensor, window: list[int], ceil_mode: bool) -> tuple[Tensor, Tensor]:
-    """torch's own pooling of disjoint windows of (N, C, *spatial), two or three axes: maxima and flat indices."""
-    function = F.max_pool2d if len(window) == 2 else F.max_pool3d
+    """torch's own pooling of disjoint windows of (N, C, *spatial), one to three axes: maxima and flat indices."""
+    function = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(window) - 1]
     return function(x, window, window, ceil_mode=ceil_mode, return_indices=True)
 
 
