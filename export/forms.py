@@ -6,6 +6,7 @@ pooling's `ceil_mode`, and whether the values are the pooled `x` itself; `scatte
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def arith(values: Tensor, x: Tensor, window: list[int], ceil_mode: bool, own: bo
     size = list(x.shape[2:])
     # What floor mode leaves out lies below any maximum, and its keys below any first one.
     below = upsample(pool(x, window, ceil_mode), window, size, fill=torch.finfo(x.dtype).max) - x
-    step = unit_step(x.dtype)
+    step = unit_step(torch.finfo(x.dtype))
     for _ in range(2):
         below = (below * step).clamp(max=1.0)
     ranks = (1 - below) * window_keys(x, window)
@@ -39,10 +40,9 @@ def arith(values: Tensor, x: Tensor, window: list[int], ceil_mode: bool, own: bo
     return (x if own else upsample(values, window, size)) * mask
 
 
-def unit_step(dtype: torch.dtype) -> float:
+def unit_step(info: Any) -> float:
     """Power of two that, applied twice, lifts any positive number of a type to at least 1, without overflow of 1."""
-    info = torch.finfo(dtype)
-    return 2.0 ** math.ceil(-math.log2(info.smallest_normal * info.eps) / 2 + 1)
+    return 2.0 ** math.ceil(-(math.log2(info.smallest_normal) + math.log2(info.eps)) / 2 + 1)
 
 
 def scatter(values: Tensor, indices: Tensor, size: list[int]) -> Tensor:

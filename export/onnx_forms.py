@@ -19,52 +19,32 @@ from .verify import torch_pool
 __all__ = ["OPERATORS", "Translation", "Writer", "constant", "translations"]
 
 
-_SCHEMA = "(Tensor values, Tensor x, int[] window, bool ceil_mode, bool own) -> Tensor"
-
-
-@torch.library.custom_op("poolskip_zoo::keys", mutates_args=(), schema=_SCHEMA)
-def _keys(values: Tensor, x: Tensor, window: list[int], ceil_mode: bool, own: bool) -> Tensor:
-    return forms.keys(values, x, window, ceil_mode, own)
-
-
-@torch.library.custom_op("poolskip_zoo::arith", mutates_args=(), schema=_SCHEMA)
-def _arith(values: Tensor, x: Tensor, window: list[int], ceil_mode: bool, own: bool) -> Tensor:
-    return forms.arith(values, x, window, ceil_mode, own)
-
-
-@torch.library.custom_op("poolskip_zoo::native", mutates_args=(), schema=_SCHEMA)
 def _native(values: Tensor, x: Tensor, window: list[int], ceil_mode: bool, own: bool) -> Tensor:
     # As in ONNX: of the same values as keys, in torch by indices.
     _, indices = torch_pool(x, window, ceil_mode)
     return forms.scatter(values, indices, list(x.shape[2:]))
 
 
-@torch.library.custom_op(
-    "poolskip_zoo::scatter", mutates_args=(), schema="(Tensor values, Tensor indices, SymInt[] size) -> Tensor"
-)
-def _scatter(values: Tensor, indices: Tensor, size: list[int]) -> Tensor:
-    return forms.scatter(values, indices, size)
-
-
-@_keys.register_fake
-@_arith.register_fake
-@_native.register_fake
-def _like_map(values: Tensor, x: Tensor, window: list[int], ceil_mode: bool, own: bool) -> Tensor:
+def _like_map(values: Tensor, x: Tensor, *_: Any) -> Tensor:
     return values.new_empty(x.shape)
 
 
-@_scatter.register_fake
 def _of_size(values: Tensor, indices: Tensor, size: list[int]) -> Tensor:
     return values.new_empty([*values.shape[: values.dim() - len(size)], *size])
 
 
+_BY_MASK = "(Tensor values, Tensor x, int[] window, bool ceil_mode, bool own) -> Tensor"
+_BY_INDICES = "(Tensor values, Tensor indices, SymInt[] size) -> Tensor"
 # What the pass calls for each lowering.
-OPERATORS: dict[str, Callable[..., Tensor]] = {
-    "keys": torch.ops.poolskip_zoo.keys.default,
-    "arith": torch.ops.poolskip_zoo.arith.default,
-    "native": torch.ops.poolskip_zoo.native.default,
-    "scatter": torch.ops.poolskip_zoo.scatter.default,
-}
+OPERATORS: dict[str, Callable[..., Tensor]] = {}
+for _name, _form, _schema, _fake in (
+    ("keys", forms.keys, _BY_MASK, _like_map),
+    ("arith", forms.arith, _BY_MASK, _like_map),
+    ("native", _native, _BY_MASK, _like_map),
+    ("scatter", forms.scatter, _BY_INDICES, _of_size),
+):
+    torch.library.custom_op(f"poolskip_zoo::{_name}", _form, mutates_args=(), schema=_schema).register_fake(_fake)
+    OPERATORS[_name] = getattr(torch.ops.poolskip_zoo, _name).default
 
 
 @dataclass
@@ -211,10 +191,9 @@ class Writer:
     def arith_mask(self) -> Any:
         """The same without comparisons; see `forms.arith`."""
         pooled = self.pool(self.x)
-        info = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-        dtype = info[np.dtype(self.dtype).name]
-        below = self.op.Sub(self.up(pooled, torch.finfo(dtype).max), self.x)
-        step, one = self.number(forms.unit_step(dtype)), self.number(1)
+        info = np.finfo(self.dtype)
+        below = self.op.Sub(self.up(pooled, info.max), self.x)
+        step, one = self.number(forms.unit_step(info)), self.number(1)
         for _ in range(2):
             below = self.op.Min(self.op.Mul(below, step), one)
         return self.first(self.op.Sub(one, below), pooled)
