@@ -108,24 +108,10 @@ def write_converted(
     dynamic: Sequence[str],
     metadata: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Write a file by a converter and keep it if the checks in the target's runtime hold.
+    """Write a file by a converter, and keep it if the checks in the target's runtime hold.
 
-    Args:
-        model: a module in evaluation mode, on the CPU.
-        example: its positional arguments, a tensor or a tuple; their sizes are fixed, or the largest.
-        path: file to write.
-        target: one of `TARGETS`.
-        make: the converter and the runtime.
-        lowering: as for `lower_unpooling`.
-        dynamic: names of the open axes.
-        metadata: JSON-ready entries of the report.
-
-    Returns:
-        The report, as it lies beside the file.
-
-    Raises:
-        ValueError: if an option is unknown or an unpooling cannot be lowered.
-        RuntimeError: if a check fails; then there is no file.
+    `make` has the converter and the runtime. Returns the report, as it lies beside the file. Raises as `lower_for`, and
+    RuntimeError if a check fails; then there is no file.
     """
     lowered = lower_for(model, example, target, lowering, dynamic)
     facts = verify.described(target, lowered.blocks, metadata, dynamic=list(dynamic))
@@ -162,16 +148,8 @@ def check_forms(
     holds them at the model's sizes and an odd one; where sizes are open, at the largest, and runs at smaller ones too.
     Those of indices that no pooling of the model made are left to the whole model.
 
-    Args:
-        blocks: record of each unpooling.
-        shapes: shape of each unpooled map: what `unpooled_shapes` returns.
-        build: writes and loads a module with torch's unpoolings by the named lowering.
-
-    Returns:
-        How many comparisons were made.
-
-    Raises:
-        RuntimeError: naming the first unpooling that is not equal.
+    `shapes` is what `unpooled_shapes` returns; `build` writes and loads a module with torch's unpoolings by the named
+    lowering. Returns how many comparisons were made; RuntimeError names the first unpooling that is not equal.
     """
     wanted: dict[str, dict[str, tuple[dict[str, Any], list[list[int]]]]] = {}
     for block, (declared, largest) in zip(blocks, shapes, strict=True):

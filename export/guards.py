@@ -43,15 +43,9 @@ def beyond_guards(
     that leaves most others; where the choice was the model's own and not one of torch's operators, the path at that
     size is run on symbols in turn, for the choices behind it.
 
-    Args:
-        model: a module in evaluation mode.
-        inputs: its arguments, first those of the capture; a check that some of them break is not broken again.
-        dynamic: names of the open axes.
-        program: what was captured, straight from `capture`; None runs the model on symbols.
-        reach: the largest sizes to try, in multiples of those of the capture; 0 for none.
-
-    Yields:
-        Arguments that the model takes, where some were found.
+    The first of `inputs` are those of the capture; a check that some of them break is not broken again. `program` is
+    what was captured, straight from `capture`; None runs the model on symbols. Sizes reach up to `reach` times those of
+    the capture; 0 tries none.
     """
     taken, tried, known = list(inputs), [_sizes(args) for args in inputs], set[tuple[str, frozenset[str]]]()
     queue = [inputs[0]] if reach else []

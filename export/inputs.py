@@ -47,16 +47,7 @@ def axes_of(value: Tensor) -> dict[int, str]:
 
 
 def check_arguments(model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[str]) -> None:
-    """Refuse arguments that are no tensors or bfloat16, what is off the CPU, and names of axes that there are not.
-
-    Args:
-        model: a module.
-        args: its arguments.
-        dynamic: names of axes.
-
-    Raises:
-        ValueError: naming the first such and the options.
-    """
+    """Raise ValueError for arguments that are no tensors or bfloat16, what is off the CPU, and names of no axis."""
     for i, value in enumerate(args, 1):
         if not isinstance(value, Tensor):
             raise ValueError(

@@ -99,16 +99,7 @@ def as_args(example: Tensor | Sequence[Any]) -> tuple[Any, ...]:
 def capture(model: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = "auto") -> ExportedProgram:
     """`torch.export` of a model, with Pool Skip as torch's pair of pooling and unpooling.
 
-    Args:
-        model: a module in evaluation mode.
-        args: its positional arguments.
-        dynamic_shapes: as for `lower_unpooling`.
-
-    Returns:
-        The program.
-
-    Raises:
-        ValueError: if the module trains, or its sizes depend on values.
+    `dynamic_shapes` as for `lower_unpooling`. Raises ValueError if the module trains, or its sizes depend on values.
     """
     from torch._dynamo.exc import UserError
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -190,20 +181,10 @@ def _open_sizes(value: Any) -> dict[int, Any] | None:
 def lower_program(
     program: ExportedProgram, target: str, lowering: str | None, written: dict[str, Callable[..., Tensor]]
 ) -> GraphModule:
-    """The pass itself.
+    """The pass itself, on a captured program; see `lower_unpooling`.
 
-    Args:
-        program: a captured program.
-        target: one of `TARGETS`.
-        lowering: one of `LOWERINGS`, or None for the target's own.
-        written: what to call for each lowering, with the arguments of `forms.keys`; a lowering that is missing keeps
-            torch's pair.
-
-    Returns:
-        The module; see `lower_unpooling`.
-
-    Raises:
-        ValueError: if an unpooling cannot be lowered.
+    `written` has what to call for each lowering, with the arguments of its function in `forms`; one that is missing
+    keeps torch's pair.
     """
     module = program.module()
     assert isinstance(module, GraphModule)

@@ -70,13 +70,9 @@ class Block:
     reason: str | None = None
 
     def to_dict(self, half: bool = False) -> dict[str, Any]:
-        """Plain data for a report.
+        """JSON-ready attributes; `half`: the file computes in float16.
 
-        Args:
-            half: whether the file computes in float16.
-
-        Returns:
-            The attributes, JSON-ready; a window has two sizes at least, for F.max_unpool1d works on (N, C, L, 1).
+        A window has two sizes at least, for F.max_unpool1d works on (N, C, L, 1).
         """
         window = [*self.window, 1] if len(self.window) == 1 else list(self.window)
         return {**dataclasses.asdict(self), "window": window, "half": half}
@@ -143,11 +139,7 @@ class _Pooling:
 
 
 class Pair:
-    """An unpooling and the pooling that made its indices, if one did.
-
-    Args:
-        unpooling: its node.
-    """
+    """The node of an unpooling, and the pooling that made its indices, if one did."""
 
     def __init__(self, unpooling: Any) -> None:
         self.unpooling = unpooling

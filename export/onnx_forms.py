@@ -51,10 +51,8 @@ for _name, _form, _schema, _fake in (
 class Translation:
     """ONNX values of one unpooling, named once the export is done.
 
-    Args:
-        inputs: what it is computed from: the pooled map (after the values where those are others), or values, indices
-            and the output sizes that are not fixed.
-        output: the unpooled map.
+    It is computed from the pooled map (after the values where those are others), or from values, indices and the output
+    sizes that are not fixed.
     """
 
     inputs: list[Any]

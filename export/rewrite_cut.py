@@ -15,12 +15,7 @@ SIZES = {"Shape", "Size"}
 
 @dataclass(frozen=True)
 class Seen:
-    """What a value of the graph was in some runs.
-
-    Args:
-        dtype: its type.
-        shapes: its shape in each run.
-    """
+    """The type of a value of the graph, and its shape in each of some runs."""
 
     dtype: np.dtype
     shapes: tuple[tuple[int, ...], ...]
@@ -78,18 +73,9 @@ def cases(ends: list[Any], seen: dict[str, Seen], sizes: list[str]) -> Iterator[
 
 
 def region(outputs: list[Any], stops: set[Any], whole: bool = False) -> tuple[set[ir.Node], list[Any]]:
-    """What outputs are computed from.
+    """The nodes above some outputs as far as the stops, and further values that matter by their sizes alone.
 
-    Args:
-        outputs: values of a graph.
-        stops: values that are given.
-        whole: whether to follow sizes to what they are of, too.
-
-    Returns:
-        The nodes above the outputs as far as the stops, and further values that matter by their sizes alone.
-
-    Raises:
-        LookupError: if the outputs depend on an input of the graph beside the stops.
+    `whole` follows sizes to what they are of, too. LookupError if the outputs depend on an input beside the stops.
     """
     nodes, measured, waiting = set[ir.Node](), [], list(outputs)
     while waiting:

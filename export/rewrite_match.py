@@ -98,15 +98,7 @@ class Unpooling:
         return all(-(-s // e) == p for s, p, e in cells), all(s // e == p for s, p, e in cells)
 
     def misfit(self, seen: dict[str, Seen], open_sizes: bool) -> str | None:
-        """Why only an index tensor describes it.
-
-        Args:
-            seen: values by name.
-            open_sizes: whether the file leaves spatial sizes open.
-
-        Returns:
-            The reason, or None.
-        """
+        """Why only an index tensor describes it, or None; `open_sizes`: the file leaves spatial sizes open."""
         attributes, window = self.pooling.attributes, self.window
         stride = _ints(attributes.get("strides")) or [1] * len(window)
         pads = _ints(attributes.get("pads")) or [0] * 2 * len(window)
@@ -179,18 +171,10 @@ class Unpooling:
 
 
 def find(graph: ir.Graph, lenient: bool) -> list[Unpooling]:
-    """All nodes that place values by a max pooling's indices.
+    """All nodes that place values by a max pooling's indices, not yet proved, in the graph's order.
 
-    Args:
-        graph: the graph.
-        lenient: whether to leave index tensors alone that are used otherwise, too.
-
-    Returns:
-        Their records, not yet proved, in the graph's order.
-
-    Raises:
-        ValueError: if indices are computed with or leave the graph, or an unpooling lies inside another node; the
-            message names the node and the way out.
+    `lenient` leaves index tensors alone that are used otherwise, too. ValueError names the node and the way out if
+    indices are computed with or leave the graph, or an unpooling lies inside another node.
     """
     for node in graph:
         _check_inside(node, lenient)

@@ -13,12 +13,7 @@ __all__ = ["write"]
 
 
 class _Tape:
-    """Makes the nodes that are asked of it as methods, under names of their own, for any operator set from 11 on.
-
-    Args:
-        prefix: begins every name.
-        opset: the file's operator set.
-    """
+    """Makes the nodes that are asked of it as methods, named with a prefix, for any operator set from 11 on."""
 
     def __init__(self, prefix: str, opset: int) -> None:
         self.prefix, self.opset = prefix, opset
@@ -78,13 +73,8 @@ def write(
 ) -> None:
     """Put another form in the place of an unpooling.
 
-    Args:
-        graph: the graph; changed in place.
-        unpooling: what to replace, proved, or a MaxUnpool of indices that no pooling made (scatter alone).
-        lowering: one of `LOWERINGS`.
-        dims: shape of the pooled map, None where it is open.
-        ceil_mode: whether partial windows count.
-        replaced: values that earlier calls replaced; the unpooled map is added.
+    It is proved, or a MaxUnpool of indices that no pooling made, which takes scatter alone. `dims` is the shape of the
+    pooled map, None where it is open. `replaced` has values that earlier calls replaced; the unpooled map is added.
     """
     opset = graph.opset_imports.get("", 1)
     output, prefix = unpooling.output, f"{unpooling.output.name}/poolskip"

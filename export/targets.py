@@ -84,18 +84,9 @@ def check_target(target: str, lowering: str | None = None, onnx: bool = True) ->
 
 
 def check_output(path: str | os.PathLike[str], *suffixes: str) -> Path:
-    """Refuse, before the work, a path that cannot be written or a name that a format's readers would not know.
+    """The path of a file or, of Core ML, a folder, if it can be written and ends in one of the format's suffixes.
 
-    Args:
-        path: file or, of Core ML, folder to write.
-        suffixes: the format's, with their dots.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: if the path ends otherwise or is no UTF-8, a file's is that of a folder, or its own folder cannot be
-            written.
+    Raises ValueError, before the work, if not.
     """
     path = Path(path)
     try:

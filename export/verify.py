@@ -46,18 +46,10 @@ AGREEMENT = 0.995
 
 
 def runner(model: str | Path | bytes, runtime: str) -> Run:
-    """Load an ONNX or OpenVINO model.
+    """Load an ONNX (file or bytes) or OpenVINO model: a function from input arrays to output arrays.
 
-    Args:
-        model: file, or an ONNX model's bytes.
-        runtime: `onnxruntime`, `onnxruntime-cuda` (on the CPU where there is no GPU) or `openvino`.
-
-    Returns:
-        A function from input arrays to output arrays.
-
-    Raises:
-        ImportError: if the runtime is missing; it names the extra to install.
-        RuntimeError: if the runtime refuses the model.
+    `runtime` is `onnxruntime`, `onnxruntime-cuda` (on the CPU where there is no GPU) or `openvino`. Raises ImportError,
+    which names the extra to install, if it is missing, RuntimeError if it refuses the model.
     """
     try:
         if runtime == "openvino":
@@ -143,19 +135,10 @@ def checked_in(runtime: str) -> str:
 
 
 def check_outputs(run: Run, reference: Callable[..., Any], inputs: list[tuple[Any, ...]], half: bool) -> dict[str, Any]:
-    """Compare all outputs with eager mode's.
+    """Compare all outputs of an exported model with eager mode's, at inputs of several sizes.
 
-    Args:
-        run: the exported model.
-        reference: the model.
-        inputs: arguments, each of another size.
-        half: whether the weights are float16.
-
-    Returns:
-        Largest relative error, share of equal classes and the shapes, JSON-ready.
-
-    Raises:
-        RuntimeError: if the export fails at a size, gives another shape, or there is no number to compare.
+    Gives the largest relative error, the share of equal classes and the shapes. Raises RuntimeError if the export fails
+    at a size or gives another shape, or there is no number to compare.
     """
     worst, agree, total, shapes, numbers = 0.0, 0, 0, [], []
     for args in inputs:

@@ -26,18 +26,9 @@ def check_blocks(
 ) -> int:
     """Cut each unpooling out of the file and compare it with torch's, on ties, odd sizes and random values.
 
-    Args:
-        exported: the `onnx.ModelProto`, and the ONNX values of each unpooling.
-        unoptimized: makes the same before the optimizer, which may fuse an unpooling with what follows it (a padding
-            with a convolution): then it is cut out of that.
-        blocks: window (with as many axes as the map), `ceil_mode` and `own` of each.
-        runtime: as for `verify.runner`.
-
-    Returns:
-        How many comparisons were made.
-
-    Raises:
-        RuntimeError: naming the first unpooling that is not equal, or not to be found.
+    `unoptimized` makes the same before the optimizer, which may fuse an unpooling with what follows it (a padding with
+    a convolution): then it is cut out of that. Returns how many comparisons were made; RuntimeError names the first
+    unpooling that is not equal, or not to be found.
     """
     sources, compared = [_Source(*exported)], 0
     for place, block in enumerate(blocks):
@@ -97,14 +88,9 @@ def _fixed_shape(value: Any) -> _Shape:
 
 
 def mask_cases(block: dict[str, Any], x_shape: _Shape) -> _Cases:
-    """Comparisons of an unpooling by a mask.
+    """Name, inputs and expected output of each comparison of an unpooling by a mask.
 
-    Args:
-        block: the unpooling, as a report has it.
-        x_shape: of the pooled map, None for each open axis.
-
-    Yields:
-        Name, inputs and expected output.
+    `x_shape` is that of the pooled map, None for each open axis.
     """
     window, generator = list(block["window"]), torch.Generator().manual_seed(0)
     dtype = torch.float16 if block["half"] else torch.float32
