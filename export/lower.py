@@ -198,18 +198,14 @@ def lower_program(
             graph.erase_node(each)
         pair = Pair(unpooling)
         wanted = lowering if pair.pooling is None else choice.choose(pair.pooling.window, lowering)
-        if wanted != "scatter":
-            pair.check_indices()
         reason = None if wanted == "scatter" else pair.misfit()
         used = "scatter" if reason else wanted
         if reason:
             _logger.warning("%s: scatter in place of %s: %s", pair.place, wanted, reason)
         assert used is not None
         blocks.append(pair.block(used, reason))
-        if used == "scatter":
-            pair.scatter(graph, written[used])
-        elif used in written:
-            pair.write(graph, written[used])
+        if used in written:
+            pair.write(graph, written[used], used)
     graph.eliminate_dead_code()
     for pooling in [node for node in graph.nodes if node.target in POOLS]:
         drop_unused_indices(graph, pooling)

@@ -114,17 +114,15 @@ class _Pooling:
     """The arguments of a pooling."""
 
     def __init__(self, node: Any) -> None:
-        _, kernel, stride, padding, dilation, ceil_mode = (*node.args, *[None] * 5)[:6]
-        given = {"stride": stride, "padding": padding, "dilation": dilation, "ceil_mode": ceil_mode}
-        given.update(node.kwargs)
+        names = (each.name for each in node.target._schema.arguments)
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
         axes = POOLS[node.target]
-        self.node = node
-        self.window = spread(kernel, axes)
-        self.stride = spread(given["stride"], axes) or self.window
-        self.padding = spread(given["padding"], axes) or [0] * axes
-        self.dilation = spread(given["dilation"], axes) or [1] * axes
-        self.ceil_mode = bool(given["ceil_mode"])
-        self.x = node.args[0]
+        self.node, self.x = node, given["self"]
+        self.window = spread(given["kernel_size"], axes)
+        self.stride = spread(given.get("stride"), axes) or self.window
+        self.padding = spread(given.get("padding", 0), axes)
+        self.dilation = spread(given.get("dilation", 1), axes)
+        self.ceil_mode = bool(given.get("ceil_mode"))
         self.batched = _value(self.x).dim() == axes + 2
 
     def misfit(self) -> str | None:
@@ -148,7 +146,7 @@ class Pair:
         self.indices = root(unpooling.args[1])
         self.pooling = _Pooling(self.indices.args[0]) if from_pool(self.indices) else None
 
-    def check_indices(self) -> None:
+    def _check_indices(self) -> None:
         """Raise ValueError, naming the node, if indices are made elsewhere, leave the model or are computed with."""
         way_out = "; lowering='scatter' keeps the index tensor"
         if self.pooling is None:
@@ -166,7 +164,8 @@ class Pair:
                     raise ValueError(f"{self.place}: its indices {what} ({source(self.pooling.node)}){way_out}")
 
     def misfit(self) -> str | None:
-        """Why only an index tensor describes the pair, or None."""
+        """Why only an index tensor describes the pair, or None; ValueError if its indices are needed otherwise, too."""
+        self._check_indices()
         assert self.pooling is not None
         if reason := self.pooling.misfit():
             return reason
@@ -177,8 +176,8 @@ class Pair:
         if math.prod(window) > most:
             return f"a window of {math.prod(window)} cells has more than {most}"
         size = [_value(each) for each in self.unpooling.args[2]]
-        full = list(x.shape)[2 if batched else 1 :] + [1] * (self.dims - len(window))
-        if not all(_same(a, b) for a, b in zip(size, full, strict=True)):
+        full = list(x.shape)[2 if batched else 1 :] + [1] * (len(window) == 1)
+        if len(size) != len(full) or not all(map(_same, size, full)):
             return (
                 f"output size {size} may differ from that of the pooled map, {full}; "
                 "give the unpooling output_size=x.shape[-2:], or export with sizes that the windows divide"
@@ -195,23 +194,18 @@ class Pair:
         values = root(self.unpooling.args[0])
         return self.pooling is not None and from_pool(values) and values.args == (self.pooling.node, 0)
 
-    def write(self, graph: Graph, form: Callable[..., Tensor]) -> None:
-        """Call a form, of the arguments of `forms.keys`, on batched maps of two or three axes for the unpooling."""
-        pooling = self.pooling
-        assert pooling is not None
-        window = [*pooling.window, *[1] * (self.dims - len(pooling.window))]
-        x = _lifted(graph, pooling) if len(pooling.window) == 1 else pooling.x
-        rest = (window, pooling.ceil_mode, self._own())
-        self._exchange(graph, form, (self.unpooling.args[0], x), rest, pooling.batched)
-
-    def scatter(self, graph: Graph, form: Callable[..., Tensor]) -> None:
-        """Call a form, of the arguments of `forms.scatter`, on a batched map for the unpooling."""
+    def write(self, graph: Graph, form: Callable[..., Tensor], lowering: str) -> None:
+        """Call the function of a form on batched maps of two or three axes, in the place of the unpooling."""
         values, indices, size = self.unpooling.args[:3]
-        self._exchange(graph, form, (values, indices), (size,), _value(values).dim() == self.dims + 2)
-
-    def _exchange(
-        self, graph: Graph, form: Callable[..., Tensor], maps: tuple[Any, ...], rest: tuple[Any, ...], batched: bool
-    ) -> None:
+        batched = _value(values).dim() == self.dims + 2
+        maps: tuple[Any, ...] = (values, indices)
+        rest: tuple[Any, ...] = (size,)
+        if lowering != "scatter":
+            pooling = self.pooling
+            assert pooling is not None
+            one = len(pooling.window) == 1
+            maps = (values, _lifted(graph, pooling) if one else pooling.x)
+            rest = ([*pooling.window, 1] if one else pooling.window, pooling.ceil_mode, self._own())
         with graph.inserting_before(self.unpooling):
             if not batched:
                 maps = tuple(graph.call_function(_aten.unsqueeze.default, (each, 0)) for each in maps)

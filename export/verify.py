@@ -206,24 +206,24 @@ def judge(outputs: dict[str, Any], path: Path, reference: str = "eager mode") ->
     """
     error, limit = outputs["max_relative_error"], outputs["tolerance"]
     flipped, before = outputs.get("flipped_windows", 0.0), outputs.get("error_where_flipped", 0.0)
-    close = error <= limit
+    if error <= limit:
+        return
     if math.isinf(error):
         raise RuntimeError(
             f"{path.name} is not kept: NaN or infinities lie elsewhere in its outputs than in {reference}'s at inputs "
             f"{outputs['inputs']}; where a map that is pooled holds some, take lowering='scatter'"
         )
-    if not (close or flipped > 0):
+    differs = (
+        f"{path.name} is not kept: its outputs differ from {reference}'s by {error:.1e} of the largest (allowed: "
+        f"{limit:.0e}) at inputs {outputs['inputs']}, and no near-tie"
+    )
+    if not flipped:
+        raise RuntimeError(f"{differs} flipped")
+    if before > limit:
         raise RuntimeError(
-            f"{path.name} is not kept: its outputs differ from {reference}'s by {error:.1e} of the largest (allowed: "
-            f"{limit:.0e}) at inputs {outputs['inputs']}, and no near-tie flipped"
+            f"{differs} explains it: the first map with a window that flipped differs by {before:.1e} itself"
         )
-    if not close and before > limit:
-        raise RuntimeError(
-            f"{path.name} is not kept: its outputs differ from {reference}'s by {error:.1e} of the largest (allowed: "
-            f"{limit:.0e}) at inputs {outputs['inputs']}, and no near-tie explains it: the first map with a window "
-            f"that flipped differs by {before:.1e} itself"
-        )
-    if not close and outputs["agreement"] < AGREEMENT:
+    if outputs["agreement"] < AGREEMENT:
         raise RuntimeError(
             f"{path.name} is not kept: only {outputs['agreement']:.1%} of the classes equal {reference}'s (required: "
             f"{AGREEMENT:.1%}); {flipped:.2%} of the windows flipped"

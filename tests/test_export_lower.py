@@ -143,6 +143,11 @@ def batched_in_between(x):
     return unpool(y.unsqueeze(0), i.unsqueeze(0), x)
 
 
+def planes_as_a_volume(x):
+    y, i = pool(x)
+    return F.max_unpool3d(y[..., None], i[..., None], (2, 2, 1), output_size=(*x.shape[2:], 1))
+
+
 @pytest.mark.parametrize("lowering", ["keys", "arith", "scatter"])
 @pytest.mark.parametrize(
     "function",
@@ -154,6 +159,7 @@ def batched_in_between(x):
         maxima_of_another_map,
         one_of_two_changed,
         batched_in_between,
+        planes_as_a_volume,
         lambda x: max_pool_unpool2d(max_pool_unpool2d(x, 2), 3),
     ],
 )
