@@ -102,7 +102,7 @@ class _File:
         if size is not None:
             check_size(self.inputs, size, self.name)
         self.given, self.size = [list(example)] if example is not None else None, size
-        self.written: list[tuple[Any, Any]] = []
+        self.written: list[Any] = []
         self.proto = self.original
 
     def rewrite(self, choice: Target, lowering: str | None) -> list[dict[str, Any]]:
@@ -124,7 +124,7 @@ class _File:
             )
         self._run_original(lowering == "scatter")
         blocks, replaced = [], dict[Any, Any]()
-        for unpooling, _ in self.written:
+        for unpooling in self.written:
             for value in (unpooling.x, unpooling.values) if unpooling.pooling else unpooling.node.inputs[:1]:
                 if value.dtype is None:
                     value.dtype = ir.DataType.from_numpy(self.seen[value.name].dtype)
@@ -217,13 +217,9 @@ class _File:
 
         self.written = []
         for each in self.found:
-            if each.pooling is None:
-                each.output = each.outputs[0]
-                self.written.append((each, None))
-                continue
             try:
-                block = each.prove(self.graph, self.seen, lambda model: _start(model)[0], self.original)
-                self.written.append((each, block))
+                each.prove(self.graph, self.seen, lambda model: _start(model)[0], self.original)
+                self.written.append(each)
             except Unlike:
                 # With an index tensor asked for, a scatter of any kind may stay.
                 if not lenient or each.node.op_type == "MaxUnpool":
@@ -245,13 +241,14 @@ class _File:
         from .rewrite_cut import cases, cut
 
         compared = 0
-        for (unpooling, original), block in zip(self.written, blocks, strict=True):
-            if original is None:
+        for unpooling, block in zip(self.written, blocks, strict=True):
+            if unpooling.proof is None:
                 continue
+            original, sizes = unpooling.proof
             ends = [self.replaced.get(value, value) for value in unpooling.ends()]
             model, _ = cut(self.graph, ends, [self.replaced[unpooling.output]], self.seen, self.proto, whole=True)
-            expected, run = _start(original[0])[0], verify.runner(model.SerializeToString(), runtime)
-            for case, arrays in cases(unpooling.ends(), self.seen, original[1]):
+            expected, run = _start(original)[0], verify.runner(model.SerializeToString(), runtime)
+            for case, arrays in cases(unpooling.ends(), self.seen, sizes):
                 compared += 1
                 before, after = expected(arrays)[0], run(arrays[: len(ends)])[0]
                 if not np.array_equal(before, after):
@@ -272,7 +269,7 @@ class _File:
         given = {value.name for value in self.inputs}
         watched = [
             (each.x.name, block)
-            for (each, _), block in zip(self.written, blocks, strict=True)
+            for each, block in zip(self.written, blocks, strict=True)
             if block["lowering"] != "scatter" and each.x.name not in given
         ]
         names, maps = [name for name, _ in watched], iter(self.maps)

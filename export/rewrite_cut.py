@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from onnxscript import ir
+
+from .verify import probes
 
 __all__ = ["SIZES", "Seen", "cases", "cut", "inside", "region"]
 
@@ -60,14 +63,14 @@ def cases(ends: list[Any], seen: dict[str, Seen], sizes: list[str]) -> Iterator[
 
     `ends` are the map that is pooled and, where they are others, the values; `sizes` names the further inputs.
     """
-    generator = np.random.default_rng(0)
-    pooled, *others = (seen[value.name] for value in ends)
+    generator = torch.Generator().manual_seed(0)
+    pooled, *others = facts = [seen[value.name] for value in ends]
     for i, shape in enumerate(pooled.shapes):
-        for kind in ("random values", "ties", "rectified values"):
-            x = generator.integers(-2, 3, shape) if kind == "ties" else 3 * generator.standard_normal(shape)
-            x = np.maximum(x, 0) if kind == "rectified values" or pooled.dtype.kind == "u" else x
-            arrays = [x.astype(pooled.dtype)]
-            arrays += [(3 * generator.standard_normal(each.shapes[i])).astype(each.dtype) for each in others]
+        for kind, x in probes(shape, generator).items():
+            drawn = [x.abs() if pooled.dtype.kind == "u" else x]
+            drawn += [torch.randn(each.shapes[i], generator=generator) for each in others]
+            # Three times as large: integers differ, too.
+            arrays = [(3 * each).numpy().astype(fact.dtype) for each, fact in zip(drawn, facts, strict=True)]
             arrays += [np.zeros(seen[name].shapes[i], seen[name].dtype) for name in sizes]
             yield f"{kind} of shape {list(shape)}", arrays
 

@@ -46,6 +46,7 @@ class Unpooling:
         values_last: whether channels are the last axis of `values`.
         output_last: whether channels are the last axis of `output`.
         own: whether the values are the pooled map itself.
+        proof: the model between the ends, its first output the unpooled map, and the names of its further inputs.
     """
 
     node: ir.Node
@@ -57,6 +58,7 @@ class Unpooling:
     values_last: bool = False
     output_last: bool = False
     own: bool = False
+    proof: Any = None
 
     def __post_init__(self) -> None:
         # A node that is taken out of the graph forgets its inputs.
@@ -127,13 +129,11 @@ class Unpooling:
         lacking = [p * e - s for s, p, e in self._cells(seen)]
         return max(lacking) > 1 or (open_sizes and max(self.window) > 2)
 
-    def prove(
-        self, graph: ir.Graph, seen: dict[str, Seen], start: Callable[[Any], Run], file: Any
-    ) -> tuple[Any, list[str]]:
-        """Choose ends between which the graph puts values where the pooling's indices say; Unlike if there are none.
-
-        Returns the model between them, its first output the unpooled map, and the names of its further inputs.
-        """
+    def prove(self, graph: ir.Graph, seen: dict[str, Seen], start: Callable[[Any], Run], file: Any) -> None:
+        """Choose ends between which the graph puts values where the pooling's indices say; Unlike if there are none."""
+        if self.pooling is None:
+            self.output = self.outputs[0]
+            return
         for ends in self._ends(seen):
             self.values, self.values_last, self.output, self.output_last = ends
             self.own = self.values is self.pooling.outputs[0]
@@ -144,7 +144,8 @@ class Unpooling:
                 continue
             run = start(block)
             if all(self._places(run(arrays)[:3], arrays) for _, arrays in cases(self.ends(), seen, sizes)):
-                return block, sizes
+                self.proof = block, sizes
+                return
         shapes = {each.name: seen[each.name].dims for each in (self.x, self.node.outputs[0]) if each.name in seen}
         raise Unlike(
             f"{named(self.node)} does not put values back to the places of the maxima of {named(self.pooling)}: shapes "

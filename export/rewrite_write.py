@@ -96,7 +96,8 @@ def write(
     if unpooling.output_last:
         new = tape.Transpose(new, perm=[0, *range(2, len(dims)), 1])
     graph.initializers.update({str(value.name): value for value in tape.constants})
-    _exchange(graph, output, new, tape.nodes)
+    ir.convenience.replace_nodes_and_values(graph, output.producer(), [], tape.nodes, [output], [new])
+    output.name = f"{prefix}_before"
     replaced[output] = new
 
 
@@ -133,15 +134,3 @@ def _asked_size(tape: _Tape, node: ir.Node) -> Any:
     rest = [e - s - a - b for e, s, a, b in zip(window, step, cut, cut[len(window) :], strict=False)]
     shape = tape.Shape(node.inputs[0])
     return tape.Add(tape.Mul(shape, constant(tape, [1, 1, *step])), constant(tape, [0, 0, *rest]))
-
-
-def _exchange(graph: ir.Graph, old: Any, new: Any, nodes: list[ir.Node]) -> None:
-    """Let a new value take an old one's place and name."""
-    graph.insert_before(old.producer(), nodes)
-    new.name, old.name = old.name, f"{new.name}_before"
-    new.shape, new.type = old.shape, old.type
-    for node, index in tuple(old.uses()):
-        node.replace_input_with(index, new)
-    for i, value in enumerate(graph.outputs):
-        if value is old:
-            graph.outputs[i] = new

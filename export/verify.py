@@ -23,6 +23,7 @@ __all__ = [
     "flipped_windows",
     "in_torch",
     "judge",
+    "probes",
     "relative_error",
     "returning",
     "runner",
@@ -273,6 +274,13 @@ def flipped_windows(
                 worst = max(worst, relative_error(other, one))
             flipped, total = flipped + different, total + places[0].numel()
     return {"flipped_windows": flipped / total if total else 0.0, "error_where_flipped": worst}
+
+
+def probes(shape: Sequence[int], generator: torch.Generator) -> dict[str, Tensor]:
+    """What an unpooling is compared on, by name: random values, ties and rectified values."""
+    random = torch.randn(tuple(shape), generator=generator)
+    ties = torch.randint(-2, 3, tuple(shape), generator=generator).float()
+    return {"random values": random, "ties": ties, "rectified values": random.relu()}
 
 
 def torch_pool(x: Tensor, window: list[int], ceil_mode: bool) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .onnx_forms import Translation
-from .verify import runner, torch_pool, torch_unpool
+from .verify import probes, runner, torch_pool, torch_unpool
 
 __all__ = ["Exported", "check_blocks", "compare", "mask_cases"]
 
@@ -97,13 +97,7 @@ def mask_cases(block: dict[str, Any], x_shape: _Shape) -> _Cases:
     for sizes in _SIZES:
         spatial = [fixed or size for size, fixed in zip(sizes, x_shape[2:], strict=False)]
         shape = [(x_shape[0] or 2), (x_shape[1] or 3), *spatial]
-        random = torch.randn(shape, generator=generator)
-        kinds = {
-            "random values": random,
-            "ties": torch.randint(-2, 3, shape, generator=generator).float(),
-            "rectified values": random.relu(),
-        }
-        for kind, x in kinds.items():
+        for kind, x in probes(shape, generator).items():
             x = x.to(dtype)
             pooled, indices = torch_pool(x.float(), window, block["ceil_mode"])
             values = (pooled if block["own"] else torch.randn(pooled.shape, generator=generator)).to(dtype)
