@@ -12,11 +12,10 @@ from torch.fx import Graph, GraphModule
 
 from ..contexts import kept
 from . import forms, verify
-from .inputs import bounded, check_arguments
-from .lower import as_args, blocks_of, lower_unpooling, returning_maps
+from .inputs import bounded, checked
+from .lower import blocks_of, lower_unpooling, returning_maps
 from .lower_pair import unpoolings
 from .open_sizes import capture_bounded, unguarded
-from .targets import check_drop_in, check_fixed, check_target
 from .verify_blocks import compare, mask_cases
 
 __all__ = ["Lowered", "check_forms", "lower_for", "of_maps", "unpooled_shapes", "write_converted"]
@@ -68,11 +67,7 @@ def lower_for(
 
     Raises ValueError if an option is unknown, an unpooling cannot be lowered, or the model cannot have the open axes.
     """
-    check_target(target, lowering, onnx=False)
-    check_drop_in(model, target, lowering)
-    args = as_args(example)
-    check_arguments(model, args, dynamic)
-    check_fixed(target, dynamic)
+    args = checked(model, example, dynamic, target, lowering)
     inputs, program = capture_bounded(model, args, dynamic)
     module = unguarded(lower_unpooling(program, target=target, lowering=lowering))
     for each in module.modules():

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
+from .targets import check_drop_in, check_mode, check_target
 from .verify import first_line
 
 __all__ = [
     "OPEN_SIZES",
+    "as_args",
     "axes_of",
     "bounded",
-    "check_arguments",
+    "checked",
     "first_fit",
     "odd_inputs",
     "open_inputs",
@@ -46,7 +48,30 @@ def axes_of(value: Tensor) -> dict[int, str]:
     return {0: "batch", **{i + 2: name for i, name in enumerate(_AXES[value.dim() - 2])}}
 
 
-def check_arguments(model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[str]) -> None:
+def as_args(example: Tensor | Sequence[Any]) -> tuple[Any, ...]:
+    """Positional arguments of a model, of one tensor or of all arguments: a tuple, without gradients."""
+    args = (example,) if isinstance(example, Tensor) else tuple(example)
+    return tuple(each.detach() if isinstance(each, Tensor) else each for each in args)
+
+
+def checked(
+    model: nn.Module,
+    example: Tensor | Sequence[Any],
+    dynamic: Sequence[str],
+    target: str = "onnxruntime",
+    lowering: str | None = None,
+) -> tuple[Any, ...]:
+    """The arguments of a model to export; ValueError names what about it, them or an option no file can have."""
+    choice, args = check_target(target, lowering), as_args(example)
+    _check_arguments(model, args, dynamic)
+    if dynamic and not choice.dynamic:
+        raise ValueError(f"dynamic={tuple(dynamic)!r}: {target} takes fixed sizes alone; pass dynamic=()")
+    check_mode(model)
+    check_drop_in(model, target, lowering)
+    return args
+
+
+def _check_arguments(model: nn.Module, args: tuple[Any, ...], dynamic: Sequence[str]) -> None:
     """Raise ValueError for arguments that are no tensors or bfloat16, what is off the CPU, and names of no axis."""
     for i, value in enumerate(args, 1):
         if not isinstance(value, Tensor):

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..layers import functional
 from . import forms
+from .inputs import as_args
 from .lower_pair import POOLS, UNPOOLS, Block, Pair, drop_unused_indices, from_pool, root, source, spread, unpoolings
 from .targets import check_drop_in, check_mode, check_target
 
-__all__ = ["as_args", "blocks_of", "capture", "lower_program", "lower_unpooling", "returning_maps"]
+__all__ = ["blocks_of", "capture", "lower_program", "lower_unpooling", "returning_maps"]
 
 _logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def lower_unpooling(
         >>> torch.equal(lowered(x), Net()(x)), [block.lowering for block in blocks_of(lowered)]
         (True, ['keys'])
     """
-    check_target(target, lowering, onnx=False)
+    check_target(target, lowering)
     if not isinstance(model, ExportedProgram):
         if example is None:
             raise ValueError("example=None: a module is captured with example arguments; pass a tensor or a tuple")
@@ -88,12 +89,6 @@ def blocks_of(lowered: GraphModule) -> tuple[Block, ...]:
         One record per unpooling, in the graph's order.
     """
     return lowered.meta["unpooling"]
-
-
-def as_args(example: Tensor | Sequence[Any]) -> tuple[Any, ...]:
-    """Positional arguments of a model, of one tensor or of all arguments: a tuple, without gradients."""
-    args = (example,) if isinstance(example, Tensor) else tuple(example)
-    return tuple(each.detach() if isinstance(each, Tensor) else each for each in args)
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any = "auto") -> ExportedProgram:
@@ -190,7 +185,7 @@ def lower_program(
     assert isinstance(module, GraphModule)
     if lowering != "scatter":
         _check_branches(module)
-    graph, choice, blocks = module.graph, check_target(target, lowering, onnx=False), []
+    graph, choice, blocks = module.graph, check_target(target, lowering), []
     for unpooling, equal in unpoolings(graph).items():
         # Exporters merge equal nodes, and each unpooling is looked for in what they write.
         for each in equal:

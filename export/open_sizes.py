@@ -24,7 +24,6 @@ from .inputs import (
     with_random,
 )
 from .lower import capture
-from .targets import check_mode
 from .verify import relative_error
 
 __all__ = ["capture_bounded", "capture_open", "unguarded"]
@@ -91,7 +90,6 @@ def _first_captured(
         _check_branches(program, model, beyond_guards(model, tried, dynamic, program, reach))
         return inputs, program
 
-    check_mode(model)
     return first_fit(choices, dynamic, fit, way_out)
 
 

@@ -57,7 +57,7 @@ def rewrite_onnx(
         RuntimeError: if a check fails; then there is no file.
         ImportError: if onnx, onnxscript or the runtime is missing; it names the extra to install.
     """
-    source, path, choice = Path(source), check_output(path, ".onnx"), check_target(target, lowering)
+    source, path, choice = Path(source), check_output(path, ".onnx"), check_target(target, lowering, onnx=True)
     try:
         file = _File(source, size, example)
         blocks = file.rewrite(choice, lowering)

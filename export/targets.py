@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,6 @@ __all__ = [
     "TARGETS",
     "Target",
     "check_drop_in",
-    "check_fixed",
     "check_mode",
     "check_output",
     "check_target",
@@ -65,7 +63,7 @@ TARGETS = {
 }
 
 
-def check_target(target: str, lowering: str | None = None, onnx: bool = True) -> Target:
+def check_target(target: str, lowering: str | None = None, onnx: bool = False) -> Target:
     """Look up one of `TARGETS`; `onnx`: it is to be given an ONNX file.
 
     Raises ValueError if it or the lowering is unknown, or it takes no ONNX file or no MaxUnpool where that is wanted.
@@ -104,12 +102,6 @@ def check_output(path: str | os.PathLike[str], *suffixes: str) -> Path:
     return path
 
 
-def check_fixed(target: str, dynamic: Sequence[str]) -> None:
-    """Raise ValueError if sizes are to be open and the target has none."""
-    if dynamic and not check_target(target, onnx=False).dynamic:
-        raise ValueError(f"dynamic={tuple(dynamic)!r}: {target} takes only fixed sizes; pass dynamic=()")
-
-
 def check_mode(model: nn.Module) -> None:
     """Raise ValueError if any module is in training mode: to run the model would change its running statistics."""
     for name, module in model.named_modules():
@@ -121,7 +113,7 @@ def check_drop_in(model: nn.Module, target: str, lowering: str | None) -> None:
     """Raise ValueError if this package's own pooling pair, which is captured as keys, is to have another form."""
     for name, module in model.named_modules():
         if isinstance(module, unpool.MaxPoolNd):
-            form = check_target(target, lowering, onnx=False).choose(module.window, lowering)
+            form = check_target(target, lowering).choose(module.window, lowering)
             if form != "keys":
                 raise ValueError(
                     f"{name or 'the model'} is poolskip_zoo's {type(module).__name__}, which exports as keys, and "

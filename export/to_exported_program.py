@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 
 from ..contexts import kept
-from .inputs import check_arguments, shapes_of
-from .lower import as_args, blocks_of, lower_unpooling
+from .inputs import checked, shapes_of
+from .lower import blocks_of, lower_unpooling
 from .open_sizes import capture_open
-from .targets import check_drop_in, check_output, check_target
+from .targets import check_output
 from .verify import KEY, check_outputs, described, first_line, in_torch, judge, write_report
 
 __all__ = ["to_exported_program"]
@@ -57,10 +57,7 @@ def to_exported_program(
         ValueError: if an option is unknown, an unpooling cannot be lowered, or the model cannot have the open axes.
         RuntimeError: if the check fails; then there is no file.
     """
-    path, args = check_output(path, ".pt2"), as_args(example)
-    check_arguments(model, args, dynamic)
-    check_target("onnxruntime", lowering, onnx=False)
-    check_drop_in(model, "onnxruntime", lowering)
+    path, args = check_output(path, ".pt2"), checked(model, example, dynamic, lowering=lowering)
     *others, last = _CAPTURES if dynamic else _CAPTURES[-1:]
     for options in others:
         try:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..contexts import kept
 from .converted import check_forms, unpooled_shapes
-from .inputs import with_random
-from .lower import as_args, capture
-from .targets import check_fixed, check_output
+from .inputs import checked, with_random
+from .lower import capture
+from .targets import check_output
 from .to_onnx import to_onnx
 from .verify import Run, check_outputs, judge, write_report
 
@@ -48,9 +48,8 @@ def to_ncnn(
         RuntimeError: if the conversion or a check fails; then there is no file.
         ImportError: if ncnn, pnnx or a library of the ONNX export is missing.
     """
-    path, args = check_output(path, ".param"), as_args(example)
-    check_fixed("ncnn", dynamic)
-    batches = {each.shape[0] for each in args if isinstance(each, Tensor)}
+    path, args = check_output(path, ".param"), checked(model, example, dynamic, "ncnn")
+    batches = {each.shape[0] for each in args}
     if batches != {1}:
         raise ValueError(f"example: batches {sorted(batches)}: ncnn takes one image at a time")
     shapes = unpooled_shapes(capture(model, args, None))

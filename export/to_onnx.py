@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_map
 
 from ..contexts import kept
 from . import verify, verify_blocks
-from .inputs import axes_of, check_arguments, shapes_of
-from .lower import as_args, blocks_of, lower_program, returning_maps
+from .inputs import axes_of, checked, shapes_of
+from .lower import blocks_of, lower_program, returning_maps
 from .lower_pair import unpoolings
 from .open_sizes import capture_open, unguarded
-from .targets import check_drop_in, check_fixed, check_mode, check_output, check_target
+from .targets import check_output, check_target
 from .verify import KEY, write_report
 
 __all__ = ["Half", "compared", "to_onnx"]
@@ -69,15 +69,11 @@ def to_onnx(
         RuntimeError: if a check fails; then there is no file.
         ImportError: if onnx, onnxscript or the runtime is missing; it names the extra to install.
     """
-    path, args = check_output(path, ".onnx"), as_args(example)
-    choice = check_target(target, lowering)
+    path, choice = check_output(path, ".onnx"), check_target(target, lowering, onnx=True)
     _check_opset(opset)
     if dynamic is None:
         dynamic = ("batch",) if choice.dynamic else ()
-    check_arguments(model, args, dynamic)
-    check_mode(model)
-    check_fixed(target, dynamic)
-    check_drop_in(model, target, lowering)
+    args = checked(model, example, dynamic, target, lowering)
     for name, value in model.named_parameters():
         if value.is_floating_point() and value.dtype != torch.float32:
             raise ValueError(f"{name} is {value.dtype}: call model.float() first; half=True writes float16")
@@ -95,13 +91,14 @@ def to_onnx(
     with _explained():
         from .onnx_forms import OPERATORS
 
+        checked_in = verify.checked_in(choice.runtime)
         lowered = unguarded(lower_program(program, target, lowering, OPERATORS))
         proto, made = _export(lowered, args, dynamic, opset)
     unoptimized = partial(_export, lowered, args, dynamic, opset, optimize=False)
     blocks = [block.to_dict(half) for block in blocks_of(lowered)]
     facts = verify.described(target, blocks, metadata, opset=opset, half=half, dynamic=list(dynamic))
     _finish(proto, args, dynamic, facts)
-    report = {"file": path.name, **facts, "checked_in": verify.checked_in(choice.runtime), "blocks": blocks}
+    report = {"file": path.name, **facts, "checked_in": checked_in, "blocks": blocks}
     report.pop("class_names", None)
 
     with kept(path) as temporary:

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..contexts import kept
-from .inputs import random_args
-from .lower import as_args
+from .inputs import as_args, random_args
 from .targets import check_output
 from .to_onnx import Half, compared, to_onnx
 from .verify import judge, runner, write_report

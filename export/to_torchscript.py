@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..contexts import kept
 from .guards import beyond_guards
-from .inputs import check_arguments, first_fit, odd_inputs, open_inputs, run_at, shapes_of, taken_of
-from .lower import as_args, blocks_of, capture, lower_unpooling
+from .inputs import checked, first_fit, odd_inputs, open_inputs, run_at, shapes_of, taken_of
+from .lower import blocks_of, capture, lower_unpooling
 from .open_sizes import unguarded
-from .targets import check_mode, check_output
+from .targets import check_output
 from .verify import KEY, check_outputs, described, in_torch, judge, write_report
 
 __all__ = ["to_torchscript"]
@@ -53,9 +53,8 @@ def to_torchscript(
     """
     if method not in ("trace", "script"):
         raise ValueError(f"method={method!r}: expected 'trace' or 'script'")
-    check_mode(model)
-    path, args = check_output(path, ".pt", ".pth", ".ts", ".jit", ".torchscript"), as_args(example)
-    check_arguments(model, args, dynamic)
+    path = check_output(path, ".pt", ".pth", ".ts", ".jit", ".torchscript")
+    args = checked(model, example, dynamic)
     with torch.no_grad():
         inputs = first_fit(open_inputs(args, dynamic), dynamic, partial(run_at, model))
         inputs += taken_of(model, odd_inputs(args, dynamic))

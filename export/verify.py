@@ -38,8 +38,6 @@ KEY = "poolskip_zoo"
 
 Run = Callable[[Sequence[Any]], list[Any]]
 
-_NEEDS = "checking the file needs {}: pip install 'poolskip-zoo[export]'"
-
 # Largest error of an output relative to the largest output: float32 sums in another order, float16 weights.
 TOLERANCE = {False: 1e-3, True: 3e-2}
 # Share of equal classes (or mask pixels) that is asked for where near-ties flip.
@@ -69,7 +67,7 @@ def runner(model: str | Path | bytes, runtime: str) -> Run:
             model if isinstance(model, bytes) else str(model), options, providers=_providers(runtime)
         )
     except ImportError as error:
-        raise ImportError(_NEEDS.format(runtime)) from error
+        raise ImportError(f"checking the file needs {runtime}: pip install 'poolskip-zoo[export]'") from error
     except RuntimeError:
         raise
     except Exception as error:
@@ -122,10 +120,8 @@ def first_line(error: BaseException | None) -> str:
 
 
 def _providers(runtime: str) -> list[str]:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError(_NEEDS.format(runtime)) from error
+    import onnxruntime
+
     cuda = ["CUDAExecutionProvider"] if runtime == "onnxruntime-cuda" else []
     return [name for name in (*cuda, "CPUExecutionProvider") if name in onnxruntime.get_available_providers()]
 
