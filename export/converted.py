@@ -16,7 +16,7 @@ from .inputs import bounded, checked
 from .lower import blocks_of, lower_unpooling, returning_maps
 from .lower_pair import unpoolings
 from .open_sizes import capture_bounded, unguarded
-from .verify_blocks import compare, mask_cases
+from .verify_blocks import compare
 
 __all__ = ["Lowered", "check_forms", "lower_for", "of_maps", "unpooled_shapes", "write_converted"]
 
@@ -186,8 +186,8 @@ def _sizes(window: list[int], declared: list[int | None], largest: list[int]) ->
 def _cases(block: dict[str, Any], shape: list[int]) -> list[tuple[str, Tensor, Tensor]]:
     """Name, map and expected output of each comparison."""
     return [
-        (case, x, _unpooled(x, list(block["window"]), block["ceil_mode"], block["own"]))
-        for case, (*_, x), _ in mask_cases(block, list(shape))
+        (f"{kind} of size {shape[2:]}", x, _unpooled(x, block["window"], block["ceil_mode"], block["own"]))
+        for kind, x in verify.probes(shape, torch.Generator().manual_seed(0)).items()
     ]
 
 

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._sympy.printers import PythonPrinter
 
 from ..layers import functional
-from .inputs import axes_of, random_args, taken_of
+from .inputs import axes_of, random_args, runnable
 
 __all__ = ["beyond_guards"]
 
@@ -67,7 +67,7 @@ def beyond_guards(
             for sizes in [each for each in near[:_TRIES] if each not in tried]:
                 args = _resized(at, sizes)
                 tried.append(sizes)
-                if list(taken_of(model, [args])):
+                if list(runnable(model, [args])):
                     found = args
                     taken.append(args)
                     yield args

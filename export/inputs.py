@@ -1,4 +1,4 @@
-"""Arguments of a model at other sizes, and names of its axes."""
+"""Arguments of a model: checked, at other sizes, and the names of their axes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -20,11 +20,11 @@ __all__ = [
     "first_fit",
     "odd_inputs",
     "open_inputs",
-    "parted",
     "random_args",
     "run_at",
+    "runnable",
     "shapes_of",
-    "taken_of",
+    "smaller_inputs",
     "with_random",
 ]
 
@@ -65,7 +65,7 @@ def checked(
     choice, args = check_target(target, lowering), as_args(example)
     _check_arguments(model, args, dynamic)
     if dynamic and not choice.dynamic:
-        raise ValueError(f"dynamic={tuple(dynamic)!r}: {target} takes fixed sizes alone; pass dynamic=()")
+        raise ValueError(f"dynamic={tuple(dynamic)!r}: {target} takes only fixed sizes; pass dynamic=()")
     check_mode(model)
     check_drop_in(model, target, lowering)
     return args
@@ -193,7 +193,7 @@ def bounded(args: tuple[Any, ...], dynamic: Sequence[str]) -> tuple[Any, ...] | 
     )
 
 
-def parted(args: tuple[Any, ...], dynamic: Sequence[str], part: int, step: int) -> tuple[Any, ...]:
+def smaller_inputs(args: tuple[Any, ...], dynamic: Sequence[str], part: int, step: int) -> tuple[Any, ...]:
     """Random arguments of a part of the open axes' sizes: 2 for halves, 4 for quarters and one image.
 
     Spatial sizes are multiples of `step`, odd ones with 1, and never larger than the given ones.
@@ -235,7 +235,7 @@ def first_fit(
     ) from failure
 
 
-def taken_of(model: nn.Module, choices: Sequence[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+def runnable(model: nn.Module, choices: Sequence[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
     """Those of the arguments at which a model runs."""
     for args in choices:
         try:

@@ -184,7 +184,7 @@ def lower_program(
     module = program.module()
     assert isinstance(module, GraphModule)
     if lowering != "scatter":
-        _check_branches(module)
+        _check_subgraphs(module)
     graph, choice, blocks = module.graph, check_target(target, lowering), []
     for unpooling, equal in unpoolings(graph).items():
         # Exporters merge equal nodes, and each unpooling is looked for in what they write.
@@ -230,7 +230,8 @@ def returning_maps(
     return module, [place for _, place in chosen]
 
 
-def _check_branches(module: GraphModule) -> None:
+def _check_subgraphs(module: GraphModule) -> None:
+    """Refuse unpoolings in the branches of torch.cond and the like."""
     for name, part in module.named_modules():
         for unpooling in unpoolings(part.graph) if name and isinstance(part, GraphModule) else ():
             raise ValueError(

@@ -16,11 +16,11 @@ from .inputs import (
     first_fit,
     odd_inputs,
     open_inputs,
-    parted,
     random_args,
     run_at,
+    runnable,
     shapes_of,
-    taken_of,
+    smaller_inputs,
     with_random,
 )
 from .lower import capture
@@ -40,7 +40,7 @@ def capture_open(
         model,
         open_inputs(args, dynamic),
         dynamic,
-        lambda each: shapes_of(each, dynamic),
+        shapes_of,
         reach=0 if guarded else 4,
         odd=odd_inputs(args, dynamic),
     )
@@ -62,18 +62,18 @@ def capture_bounded(
             )
     # Multiples of 32 where there are smaller ones.
     steps = (1, 32) if all(size > 32 for name, size in sizes if name != "batch") else (1,)
-    choices = [[args, *(parted(args, dynamic, part, step) for part in (2, 4))] for step in steps]
+    choices = [[args, *(smaller_inputs(args, dynamic, part, step) for part in (2, 4))] for step in steps]
     choices = choices if dynamic else [with_random(args)]
     # What shrinks to one cell at the largest size is fixed.
     way_out = ", or a larger one"
-    return _first_captured(model, choices, dynamic, lambda each: bounded(each, dynamic), reach=1, way_out=way_out)
+    return _first_captured(model, choices, dynamic, bounded, reach=1, way_out=way_out)
 
 
 def _first_captured(
     model: nn.Module,
     choices: Iterable[list[tuple[Any, ...]]],
     dynamic: Sequence[str],
-    shapes: Callable[[tuple[Any, ...]], Any],
+    shapes: Callable[[tuple[Any, ...], Sequence[str]], Any],
     *,
     reach: int,
     odd: Sequence[tuple[Any, ...]] = (),
@@ -83,9 +83,9 @@ def _first_captured(
 
     def fit(inputs: list[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], ExportedProgram]:
         run_at(model, inputs)
-        program = capture(model, inputs[0], shapes(inputs[0]))
+        program = capture(model, inputs[0], shapes(inputs[0], dynamic))
         inputs = [*inputs, *_apart(program, inputs, dynamic)]
-        tried = [*inputs, *taken_of(model, odd)]
+        tried = [*inputs, *runnable(model, odd)]
         _check_branches(program, model, tried[1:])
         _check_branches(program, model, beyond_guards(model, tried, dynamic, program, reach))
         return inputs, program

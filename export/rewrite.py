@@ -156,7 +156,7 @@ class _File:
 
     def _run_original(self, lenient: bool) -> None:
         """Run the file where every unpooling is one, and prove them there."""
-        from .rewrite_match import Unlike
+        from .rewrite_match import NoUnpooling
 
         choices = [self.given] if self.given else list(made_up(self.inputs, self.size))
         # ONNX Runtime 1.18 ends the process where a MaxUnpool's indices lie outside, as they do at sizes that the
@@ -176,7 +176,7 @@ class _File:
                 self._observe(arrays)
                 self._prove(lenient)
                 return
-            except Unlike as error:
+            except NoUnpooling as error:
                 failure = error
             except _Refused as error:
                 failure = failure or error
@@ -213,19 +213,19 @@ class _File:
         self.seen = {name: Seen(types[name], tuple(shapes[name])) for name in shapes}
 
     def _prove(self, lenient: bool) -> None:
-        from .rewrite_match import Unlike
+        from .rewrite_match import NoUnpooling
 
         self.written = []
         for each in self.found:
             try:
                 each.prove(self.graph, self.seen, lambda model: _start(model)[0], self.original)
                 self.written.append(each)
-            except Unlike:
+            except NoUnpooling:
                 # With an index tensor asked for, a scatter of any kind may stay.
                 if not lenient or each.node.op_type == "MaxUnpool":
                     raise
         if not self.written:
-            raise Unlike("none of its scatters is an unpooling")
+            raise NoUnpooling("none of its scatters is an unpooling")
 
     def describe(self, target: str, blocks: list[dict[str, Any]]) -> dict[str, Any]:
         """Facts for the report; those of the target go into the file, beside its own metadata."""

@@ -17,7 +17,7 @@ from onnxscript import ir
 from .lower_pair import MOST_CELLS
 from .rewrite_cut import SIZES, Seen, cases, cut, inside, region
 
-__all__ = ["Unlike", "Unpooling", "find", "named"]
+__all__ = ["NoUnpooling", "Unpooling", "find", "named"]
 
 # Nodes that place values by indices, and which operands those are.
 _PLACING = {"MaxUnpool": (0, 1), "ScatterND": (2, 1), "ScatterElements": (2, 1), "Scatter": (2, 1)}
@@ -28,7 +28,7 @@ _WAY_OUT = "; lowering='scatter' keeps the index tensor"
 Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
 
-class Unlike(RuntimeError):
+class NoUnpooling(RuntimeError):
     """A scatter that is no unpooling at the sizes it was run at."""
 
 
@@ -130,7 +130,7 @@ class Unpooling:
         return max(lacking) > 1 or (open_sizes and max(self.window) > 2)
 
     def prove(self, graph: ir.Graph, seen: dict[str, Seen], start: Callable[[Any], Run], file: Any) -> None:
-        """Choose ends between which the graph puts values where the pooling's indices say; Unlike if there are none."""
+        """Choose ends between which the graph puts values where the pooling's indices say; NoUnpooling if none are."""
         if self.pooling is None:
             self.output = self.outputs[0]
             return
@@ -147,7 +147,7 @@ class Unpooling:
                 self.proof = block, sizes
                 return
         shapes = {each.name: seen[each.name].dims for each in (self.x, self.node.outputs[0]) if each.name in seen}
-        raise Unlike(
+        raise NoUnpooling(
             f"{named(self.node)} does not put values back to the places of the maxima of {named(self.pooling)}: shapes "
             f"{shapes}. MaxUnpool and ScatterND count over the whole tensor, torch's indices over one plane"
         )

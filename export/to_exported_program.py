@@ -4,6 +4,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,15 @@ def to_exported_program(
         RuntimeError: if the check fails; then there is no file.
     """
     path, args = check_output(path, ".pt2"), checked(model, example, dynamic, lowering=lowering)
+    write = partial(_write, model, args, path, dynamic, lowering, metadata or {})
     *others, last = _CAPTURES if dynamic else _CAPTURES[-1:]
     for options in others:
         try:
-            return _write(model, args, path, dynamic, lowering, metadata, options)
+            return write(options)
         except (RuntimeError, ValueError) as error:
             if isinstance(error.__cause__, OSError):  # a full disk is full the next time, too
                 raise
-    return _write(model, args, path, dynamic, lowering, metadata, last)
+    return write(last)
 
 
 def _write(

@@ -108,7 +108,9 @@ def to_onnx(
         report.update(compared(run, model, reference, inputs, path))
         report["outputs"].update(_flips(proto, made, lowered, inputs, blocks, choice.runtime))
         verify.judge(report["outputs"], path)
-        _write_beside(path, report)
+        write_report(path, report)
+        with kept(path.with_name("poolskip_predictor.py")) as predictor:
+            shutil.copyfile(Path(__file__).with_name("predictor.py"), predictor)
     return report
 
 
@@ -243,10 +245,3 @@ def _flips(
     run = verify.values_of(proto, [made[place].input_names()[-1] for place in places], runtime)
     arrays = ([each.numpy() for each in args] for args in inputs)
     return verify.flipped_windows(verify.in_torch(module), run, [blocks[place] for place in places], arrays)
-
-
-def _write_beside(path: Path, report: dict[str, Any]) -> None:
-    """The report, and the predictor that needs no torch."""
-    write_report(path, report)
-    with kept(path.with_name("poolskip_predictor.py")) as temporary:
-        shutil.copyfile(Path(__file__).with_name("predictor.py"), temporary)

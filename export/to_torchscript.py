@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..contexts import kept
 from .guards import beyond_guards
-from .inputs import checked, first_fit, odd_inputs, open_inputs, run_at, shapes_of, taken_of
+from .inputs import checked, first_fit, odd_inputs, open_inputs, run_at, runnable, shapes_of
 from .lower import blocks_of, capture, lower_unpooling
 from .open_sizes import unguarded
 from .targets import check_output
@@ -57,7 +57,7 @@ def to_torchscript(
     args = checked(model, example, dynamic)
     with torch.no_grad():
         inputs = first_fit(open_inputs(args, dynamic), dynamic, partial(run_at, model))
-        inputs += taken_of(model, odd_inputs(args, dynamic))
+        inputs += runnable(model, odd_inputs(args, dynamic))
         module, blocks = (torch.jit.script(model), []) if method == "script" else _trace(model, inputs[0], dynamic)
     facts = described("torchscript", blocks, metadata, method=method, dynamic=list(dynamic))
     report = {"file": path.name, **facts, "checked_in": "PyTorch CPU", "blocks": blocks}
@@ -78,7 +78,7 @@ def to_torchscript(
         judge(report["outputs"], path)
         if method == "trace" and dynamic:
             # A trace that does not run at such a size says so itself.
-            further = list(taken_of(loaded, list(beyond_guards(model, inputs, dynamic))))
+            further = list(runnable(loaded, list(beyond_guards(model, inputs, dynamic))))
             if further:
                 report["outputs"] = check_outputs(in_torch(loaded), model, [*inputs, *further], False)
                 judge(report["outputs"], path)
