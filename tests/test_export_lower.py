@@ -74,6 +74,17 @@ def test_unbatched(dims, lowering):
     assert torch.equal(lowered(x), model(x))
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_unbatched_maps_export_again_with_open_sizes(dims):
+    model, x = PairNet(dims, ceil_mode=True).eval(), ties(4, *SIZES[0][:dims])
+    axes = (dict.fromkeys(range(1, dims + 1), Dim.AUTO),)
+    lowered = lower_unpooling(model, x, dynamic_shapes=axes)
+    program = torch.export.export(lowered, (x,), dynamic_shapes=axes, strict=False)
+    for size in SIZES:
+        x = ties(4, *size[:dims])
+        assert torch.equal(program.module()(x), model(x))
+
+
 class InPlace(nn.Module):
     """Both the pooled map and the pooled values are overwritten before they are unpooled."""
 

@@ -277,7 +277,7 @@ def pool(x: Tensor, window: list[int], ceil_mode: bool) -> Tensor:
         ceil_mode: whether partial windows at the far edges count.
 
     Shape:
-        (N, C, *spatial) to (N, C, *pooled).
+        (N, C, *spatial) to (N, C, *pooled), (C, *spatial) of two or three axes to (C, *pooled).
 
     Returns:
         The window maxima.
@@ -302,7 +302,7 @@ def _leaves_sizes_open(x: Tensor) -> bool:
     if torch.jit.is_tracing() or not is_traced_or_exported() or torch.onnx.is_in_onnx_export():
         return False
     # Dynamo (strict export) takes symbolic sizes for int.
-    return torch.compiler.is_dynamo_compiling() or any(not isinstance(size, int) for size in x.shape[2:])
+    return torch.compiler.is_dynamo_compiling() or any(not isinstance(size, int) for size in x.shape[1:])
 
 
 @torch.jit.unused
@@ -311,7 +311,7 @@ def _repeat_edges(x: Tensor, window: list[int]) -> Tensor:
 
     Quantised graphs keep the range of `x`, which -inf or zeros beyond the edge would not.
     """
-    for axis, e in enumerate(window, 2):
+    for axis, e in enumerate(window, x.dim() - len(window)):
         # narrow would compute where the last one is, and coremltools makes that a float.
         x = torch.cat([x] + [torch.ops.aten.slice(x, axis, -1)] * (e - 1), axis)
     return x
