@@ -59,7 +59,7 @@ def to_exported_program(
         RuntimeError: if the check fails; then there is no file.
     """
     path, args = check_output(path, ".pt2"), checked(model, example, dynamic, lowering=lowering)
-    write = partial(_write, model, args, path, dynamic, lowering, metadata or {})
+    write = partial(_write, model, args, path, dynamic, lowering, metadata)
     *others, last = _CAPTURES if dynamic else _CAPTURES[-1:]
     for options in others:
         try:

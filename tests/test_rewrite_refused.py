@@ -232,7 +232,7 @@ def test_wrong_outputs_leave_no_file(tmp_path, monkeypatch):
 
 def test_flips_excuse_no_error_before_them(tmp_path, monkeypatch):
     """The new file runs on other inputs; its one output is positive, so that no class changes."""
-    from poolskip_zoo.export import rewrite, verify
+    from poolskip_zoo.export import rewrite_file, verify
 
     net, good = Net(2, 3, 8, 12), verify.runner
     a = net.conv("x", 3, 4)
@@ -242,8 +242,8 @@ def test_flips_excuse_no_error_before_them(tmp_path, monkeypatch):
     def wrong(model, runtime):
         return lambda arrays: good(model, runtime)([each + np.float32(0.1) * each[..., ::-1] for each in arrays])
 
-    monkeypatch.setattr(rewrite._File, "check_blocks", lambda *args: 0)
-    monkeypatch.setattr(rewrite, "_start", lambda model: (good(_bytes(model), "onnxruntime"), "onnxruntime"))
+    monkeypatch.setattr(rewrite_file.File, "check_blocks", lambda *args: 0)
+    monkeypatch.setattr(rewrite_file, "_start", lambda model: (good(_bytes(model), "onnxruntime"), "onnxruntime"))
     monkeypatch.setattr(verify, "runner", wrong)
     with pytest.raises(RuntimeError, match=r"the first map with a window that flipped differs by \d\.\de-0[12] itself"):
         rewrite_onnx(source, tmp_path / "out.onnx")
