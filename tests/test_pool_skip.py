@@ -55,6 +55,20 @@ def test_shapes_groups_and_bias(shape, groups, bias):
     assert torch.equal(y, composition(layer, x, (2, 3)))
 
 
+def test_windows_of_one_slice():
+    """Thick slices are pooled in their plane alone, as nnU-Net pools them."""
+    layer = PoolSkip3d(4, (1, 2, 2))
+    x = torch.randn(2, 4, 3, 7, 8, requires_grad=True)
+    y, expected = layer(x), composition(layer, x, (1, 2, 2))
+    assert torch.equal(y, expected)
+    leaves = [x, *layer.parameters()]
+    grads = (torch.autograd.grad(each.square().sum(), leaves) for each in (y, expected))
+    for got, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        assert torch.equal(torch.jit.script(layer)(x), y)
+
+
 @every_rank
 def test_state_dict(dims):
     assert list(LAYERS[dims](4).state_dict()) == ["conv.weight", "conv.bias"]
@@ -69,6 +83,8 @@ def test_state_dict(dims):
         ({"channels": 4, "groups": 0}, "groups=0"),
         ({"channels": 4, "pool_size": 1}, "pool_size=1: expected an int >= 2 or a tuple of 2 of them"),
         ({"channels": 4, "pool_size": (2, 2, 2)}, r"pool_size=\(2, 2, 2\)"),
+        ({"channels": 4, "pool_size": (1, 1)}, r"pool_size=\(1, 1\): expected .* \(1 along axes that are not pooled\)"),
+        ({"channels": 4, "pool_size": (0, 2)}, r"pool_size=\(0, 2\)"),
     ],
 )
 def test_wrong_arguments(options, message):

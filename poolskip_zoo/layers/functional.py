@@ -110,10 +110,12 @@ def max_pool_unpool3d(x: Tensor, pool_size: int | tuple[int, int, int]) -> Tenso
 
 
 def to_window(pool_size: int | tuple[int, ...] | list[int], dims: int, minimum: int = 1) -> list[int]:
-    """Spread an int over `dims` axes; ValueError if it is neither one nor `dims` of them, each at least `minimum`."""
+    """Spread an int over `dims` axes; ValueError if they are another number, or none is at least `minimum`."""
     window = list(pool_size) if isinstance(pool_size, (tuple, list)) else [pool_size] * dims
-    if len(window) != dims or not all(isinstance(e, int) and not isinstance(e, bool) and e >= minimum for e in window):
+    whole = all(isinstance(e, int) and not isinstance(e, bool) and e >= min(minimum, 1) for e in window)
+    if len(window) != dims or not whole or max(window) < minimum:
         options = f"an int >= {minimum}" + (f" or a tuple of {dims} of them" if dims > 1 else "")
+        options += " (1 along axes that are not pooled)" if dims > 1 and minimum > 1 else ""
         raise ValueError(f"pool_size={pool_size!r}: expected {options}")
     return window
 

@@ -73,7 +73,8 @@ def add_pool_skip(
         model: any module built of Conv1d/2d/3d, or of Linear on the patch grid of a timm ViT, or their subclasses.
         placement: where; None takes the model family's default, or "auto" for a model of no known family. See
             `docs/insertion.md`.
-        pool_size: window size e of at least 2 for every place; None takes each rule's own.
+        pool_size: window size e of at least 2 for every place, or one per axis, such as (1, 2, 2); None takes each
+            rule's own.
         groups: groups of the 3×3 convolutions: a number, "auto" (the convolution's own), or "depthwise"; None takes
             each rule's own.
         zero_init: start at zero, so that the model computes what it did before.

@@ -96,7 +96,8 @@ class PoolSkip2d(PoolSkip):
 
     Args:
         channels: channels C of the map.
-        pool_size: window size and stride e in pixels, at least 2; an int or (height, width). The paper uses 2 and 4.
+        pool_size: window size and stride e in pixels, at least 2; an int or (height, width), of which one may be 1. The
+            paper uses 2 and 4.
         groups: groups of the 3×3 convolution; `channels` makes it depthwise.
         bias: whether the 3×3 convolution has a bias.
         zero_init: start the 3×3 convolution at zero, so that y = x for finite x.
@@ -107,8 +108,8 @@ class PoolSkip2d(PoolSkip):
         (N, C, H, W) or (C, H, W), the output alike, in the memory format of the input.
 
     Raises:
-        ValueError: if `channels` is no positive multiple of `groups`, or `pool_size` is below 2 or of another length;
-            in the forward, if the input has another number of dimensions.
+        ValueError: if `channels` is no positive multiple of `groups`, or `pool_size` is 1 along every axis or of
+            another length; in the forward, if the input has another number of dimensions.
 
     Example:
         >>> import torch
