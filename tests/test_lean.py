@@ -360,10 +360,14 @@ class Labelled(Tensor):
     """A subclass without dispatch of its own, as MONAI's MetaTensor."""
 
 
-def test_subclasses_of_tensor_train_as_torch_does() -> None:
-    layer, x = PoolSkip2d(3), torch.randn(2, 3, 7, 6)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_subclasses_of_tensor_train_as_torch_does(dims) -> None:
+    layer, x = LAYER[dims - 1](3), torch.randn(2, 3, 7, 6, 5)[(..., *[0] * (3 - dims))]
     expected = gradients(lambda x: stock(layer, x), layer, x, x)
     got = gradients(layer, layer, x.as_subclass(Labelled), x.as_subclass(Labelled))
     assert type(got[0]) is Labelled
     assert all(torch.equal(a.as_subclass(Tensor), b) for a, b in zip(got, expected, strict=True))
+    assert saved(layer, x.as_subclass(Labelled), layer) == saved(layer, x, layer)
+    assert layer(x.as_subclass(Labelled)).relu_().requires_grad
+    x = torch.randn(2, 3, 7, 6)
     assert max_pool_unpool2d(x.as_subclass(Labelled).requires_grad_() * 1, 2).relu_().requires_grad

@@ -8,7 +8,9 @@ backward. Every backward is made of differentiable operations, so that second de
 (`trains_by_autograd`).
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,15 +25,16 @@ __all__ = ["add_conv_of_window_maxima", "convolves_plainly", "trains_by_autograd
 
 
 @torch.jit.unused
-def trains_by_autograd(*tensors: Tensor | None) -> bool:
+def trains_by_autograd(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether a backward through these tensors will be recorded by plain autograd; None is passed over.
 
-    Not for subclasses, which may record it by themselves (DTensor) or make what autograd takes for views (MetaTensor).
+    Not for a map of a subclass that records it by itself (DTensor), nor for parameters of any.
     """
     return (
         torch.is_grad_enabled()
-        and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-        and all(tensor is None or type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        and any(tensor is not None and tensor.requires_grad for tensor in (x, *parameters))
+        and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and all(type(tensor) in (Tensor, nn.Parameter, type(None)) for tensor in parameters)
         and not is_transformed()
     )
 
@@ -50,6 +53,22 @@ def convolves_plainly(conv: nn.Module) -> bool:
     return not any(getattr(conv, kind) or getattr(nn.modules.module, f"_global{kind}") for kind in kinds)
 
 
+def _as_one_operator(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let subclasses of Tensor (MONAI's MetaTensor) see one operator, as of torch's own, and that a plain tensor."""
+
+    @functools.wraps(function)
+    def operator(x: Tensor, *arguments: Any) -> Tensor:
+        if torch.overrides.has_torch_function_unary(x):
+            return torch.overrides.handle_torch_function(operator, (x,), x, *arguments)
+        if type(x) is Tensor:
+            return function(x, *arguments)
+        # A copy: the subclass makes an alias, and autograd lets nobody write to an alias of what a Function returned.
+        return function(x.as_subclass(Tensor), *arguments).clone()
+
+    return operator
+
+
+@_as_one_operator
 def window_maxima_for_training(x: Tensor, window: list[int]) -> Tensor:
     """Window maxima whose backward keeps one offset per window.
 
@@ -68,6 +87,7 @@ def window_maxima_for_training(x: Tensor, window: list[int]) -> Tensor:
     return _Scatter.apply(values, offsets, window, x.shape[2:], indices, u, shared)
 
 
+@_as_one_operator
 def add_conv_of_window_maxima(x: Tensor, window: list[int], conv: nn.Module) -> Tensor:
     """`x + conv(max_unpool(max_pool(x)))` without keeping the sparse map for the backward.
 
