@@ -14,7 +14,7 @@ from torch.export import Dim
 import poolskip_zoo
 from poolskip_zoo import max_pool_unpool2d
 from poolskip_zoo.export import blocks_of, lower_unpooling
-from poolskip_zoo.layers import PoolSkip2d, pool_skip_modules
+from poolskip_zoo.layers import PoolSkip2d, PoolSkip3d, pool_skip_modules
 
 SIZES = ([11, 9, 7], [8, 6, 4], [5, 4, 13])
 
@@ -421,3 +421,10 @@ def test_not_a_number_and_infinity_are_as_documented():
     keys[0, :, :2, :2] = 0
     scatter[0, :, :2, :2] = 0
     assert torch.equal(keys, scatter)
+
+
+def test_windows_of_one_slice():
+    model, x = PoolSkip3d(2, (1, 2, 2)).eval(), ties(1, 2, 3, 5, 6)
+    lowered = lower_unpooling(model, x)
+    assert blocks_of(lowered)[0].lowering == "keys"
+    torch.testing.assert_close(lowered(x), model(x))

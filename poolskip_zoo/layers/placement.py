@@ -231,6 +231,8 @@ def _require(model: nn.Module, chosen: dict[str, Rule], placement: object) -> di
         return chosen
     candidates = [name for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS)]
     shown = ", ".join(candidates[:12]) + (f", … ({len(candidates)} in all)" if len(candidates) > 12 else "")
+    if shown and placement == "auto":
+        shown += "; it takes only those that a norm directly follows, and not all of them: give name patterns"
     raise ValueError(
         f"placement {placement!r} matches nothing in {type(model).__name__}: its convolutions are {shown or 'none'}"
     )
