@@ -3,13 +3,13 @@
 import csv
 import dataclasses
 import json
-import re
 from pathlib import Path
-from statistics import mean, variance
+from statistics import mean
 from typing import Any
 
 import pytest
 import torch
+from test_study_pages import recorded
 from test_training import PLAIN, assert_equal_runs, call, data, recipe  # noqa: F401  data is a fixture
 from timm import create_model
 
@@ -227,13 +227,13 @@ def made(arm: str, scores: list[float], *, inert: int = 0, decay: float = 5e-4, 
 
 
 def test_the_interval_is_welchs() -> None:
-    from scipy.stats import t
+    from scipy.stats import ttest_ind
 
     a, b = [90.1, 90.5, 91.0], [89.0, 90.9, 90.2, 90.4]
-    of_a, of_b = variance(a) / len(a), variance(b) / len(b)
-    freedom = (of_a + of_b) ** 2 / (of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1))
-    half, difference = t.ppf(0.975, freedom) * (of_a + of_b) ** 0.5, mean(a) - mean(b)
-    assert welch(a, b) == pytest.approx((difference, difference - half, difference + half), abs=1e-9)
+    ends = ttest_ind(a, b, equal_var=False).confidence_interval()
+    assert welch(a, b) == pytest.approx((mean(a) - mean(b), *ends), abs=1e-9)
+    # One arm without scatter leaves the other's degrees of freedom: t of 0.975 and 2 is 4.303.
+    assert welch([1, 2, 3], [80] * 4) == pytest.approx((-78, -78 - 4.303 / 3**0.5, -78 + 4.303 / 3**0.5), abs=1e-3)
     assert welch([1, 1], [2, 2]) == (-1, -1, -1)
     with pytest.raises(ValueError, match="two seeds"):
         welch([1.0], [1.0, 2.0])
@@ -279,11 +279,32 @@ def test_the_mechanism_needs_fewer_inert_filters(b: tuple[int, int], c: tuple[in
         run
         for arm, counts in (("A", c), ("B", b), ("C", c))
         for decay, inert in zip((1e-4, 5e-4), counts, strict=True)
-        for run in made(arm, [90, 90.1], decay=decay, inert=inert)
+        for seed, run in enumerate(made(arm, [90, 90.1], decay=decay))
+        for run in [dataclasses.replace(run, inert=inert + 0.1 * seed * bool(inert))]  # seeds that agree tell nothing
     ]
     sentences = verdict(runs, "n")
     assert sentences[0].startswith("n: no verdict on whether Pool Skip helps, which needs C and F")
     assert sentences[1].startswith(f"n: {says}")
+
+
+def test_what_the_seeds_cannot_say_is_no_verdict() -> None:
+    helps, mechanism = verdict([run for arm in "ABCF" for run in made(arm, [90])], "n")
+    assert helps.startswith("n: no verdict on whether Pool Skip helps, which needs two seeds of each of B, C and F (")
+    assert mechanism == "n: no verdict on the mechanism, which needs two seeds of A, B and C at a weight decay."
+    agree = [run for arm, inert in zip("ABC", (9, 3, 4), strict=True) for run in made(arm, [90, 91], inert=inert)]
+    said = "n: the mechanism is not supported, since seeds that agree give no interval (inert base filters at weight"
+    assert verdict(agree, "n")[1].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("lost", "judged"), [("n.study-B", False), ("n.study-F", False), ("n.study-B_lr9", True), ("m.study-B", True)]
+)
+def test_runs_that_diverged_are_told_and_leave_no_verdict_where_they_count(lost: str, judged: bool) -> None:
+    runs = [dataclasses.replace(run, recipe=f"n.study-{arm}") for arm in "ABC" for run in made(arm, [90, 91])]
+    said = summary(runs, {}, [(lost, 1)])
+    assert f"- {lost[0]}: diverged, in no number: {lost}-s1.\n" in said
+    assert ("- n: no verdict, since runs that would count have diverged.\n" in said) != judged
+    assert ("- n: the mechanism" in said) == judged
 
 
 def test_cheap_forms_and_unfinished_nets_are_told() -> None:
@@ -292,88 +313,6 @@ def test_cheap_forms_and_unfinished_nets_are_told() -> None:
     assert "B″ cannot be told from B, or does better (B″ − B = +0.03 [" in said
     assert "B4 does worse than B (B4 − B = -10.00 [" in said
     assert "- n: 3 of 9: no verdict yet.\n" in summary(runs, {"n": "3 of 9"})
-
-
-# --- what was found
-
-
-def recorded(study: str = "study") -> list[Run]:
-    """The runs of a study's `runs.csv` in docs/."""
-    kinds = {field.name: field.type for field in dataclasses.fields(Run)}
-    read = lambda kind, text: text if kind is str else int(text) if kind is int else float(text) if text else None  # noqa: E731
-    with (ROOT / "docs" / study / "runs.csv").open() as file:
-        return [Run(**{key: read(kinds[key], text) for key, text in line.items()}) for line in csv.DictReader(file)]
-
-
-@pytest.mark.parametrize("study", ["study", "study_longer", "study_decay", "study_decay_again", "study_decay_plain"])
-def test_the_page_has_the_numbers_of_its_csv(study: str) -> None:
-    page, runs = (ROOT / "docs" / f"{study}.md").read_text(encoding="utf-8"), recorded(study)
-    told = {net: re.search(rf"^- {net}: (.*): no verdict yet\.$", page, re.M) for net in {run.net for run in runs}}
-    unfinished = {net: found[1] for net, found in told.items() if found}
-    assert summary(runs, unfinished) in page
-
-
-@pytest.mark.parametrize("study", ["study_longer", "study_decay"])
-def test_readme_says_the_verdict_of_the_other_runs(study: str) -> None:
-    helps, mechanism = verdict(recorded(study), "resnet20_cifar")
-    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    numbers = re.findall(r"B − [CF] = \S+ \[\S+ \S+\]", helps)
-    assert len(numbers) == 2
-    assert all(number in said for number in numbers)
-    supported = re.search(r"is supported .*?(B − C = \S+ \[\S+ \S+\])", mechanism)
-    assert (supported is not None) == (study == "study_decay")
-    assert supported is None or f"{supported[1]}, which supports the mechanism" in said
-
-
-def test_readme_says_what_the_plain_net_shows() -> None:
-    _, mechanism = verdict(recorded("study_decay_plain"), "plain20_cifar")
-    found = re.search(r"is not supported .*?B − C = (\S+ \[\S+ \S+\])", mechanism)
-    assert found
-    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"it is not supported: {found[1]}" in said
-
-
-def test_the_repetition_says_the_intervals_of_all_its_seeds() -> None:
-    runs = [run for run in recorded("study_decay") if run.weight_decay == 0.01] + recorded("study_decay_again")
-    page = " ".join((ROOT / "docs" / "study_decay_again.md").read_text(encoding="utf-8").split())
-    for key, digits in (("inert", 1), ("dead", 1), ("test_top1", 2)):
-        of = {arm: [getattr(run, key) for run in runs if run.arm == arm] for arm in "ABC"}
-        assert {len(values) for values in of.values()} == {8}
-        for arm in "CA":
-            found, low, high = (f"{value:+.{digits}f}" for value in welch(of["B"], of[arm]))
-            assert f"B − {arm} = {found} [{low}, {high}]" in page, (key, arm)
-
-
-def test_readme_and_cards_say_the_verdict() -> None:
-    helps, mechanism, *_ = verdict(recorded(), "resnet20_cifar")
-    numbers = re.findall(r"B − [CF] = \S+ \[\S+ \S+\]", helps)
-    assert len(numbers) == 2
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    cards = [path.read_text(encoding="utf-8") for path in (ROOT / "hub_cards").glob("*/README.md")]
-    for text in (readme, *cards):
-        said = " ".join(text.split())
-        assert all(number in said for number in numbers)
-        assert ("it is not shown that Pool Skip helps" in said) == ("it is not shown" in helps)
-        assert ("the mechanism is supported" in said) == ("the mechanism is supported" in mechanism)
-        assert ("nor was it put to the test" in said) == ("nor was it put to the test" in mechanism)
-
-
-def test_cards_say_what_the_later_lists_found() -> None:
-    longer, _ = verdict(recorded("study_longer"), "resnet20_cifar")
-    found = [re.findall(r"B − F = (\S+ \[\S+ \S+\])", longer)]
-    for study, net in (
-        ("study_decay", "resnet20_cifar"),
-        ("study_decay_again", "resnet20_cifar"),
-        ("study_decay_plain", "plain20_cifar"),
-    ):
-        _, mechanism = verdict(recorded(study), net)
-        found.append(
-            re.findall(r"0\.01: B − C = (\S+ \[\S+ [^]]+\])", mechanism)
-            or re.findall(r"B − C = (\S+ \[\S+ \S+\])", mechanism)
-        )
-    for path in (ROOT / "hub_cards").glob("*/README.md"):
-        said = " ".join(path.read_text(encoding="utf-8").split())
-        assert all(len(each) == 1 and each[0] in said for each in found), (path.parent.name, found)
 
 
 # --- all of it
@@ -424,6 +363,18 @@ def test_from_the_list_to_the_page(
     assert call(*command, "--page", page) == 0
     assert page.read_text(encoding="utf-8").count(verb.MARKS[0]) == 1
     assert next(csv.DictReader((runs / "runs.csv").open()))["test_top1"] == "12.5"
+    # What has diverged is not waited for.
+    lost = next(runs.glob("t.study-C*-s1"))
+    (lost / "metrics.json").rename(lost / "kept.json")
+    (lost / "diverged.txt").write_text("the loss is nan\n")
+    capsys.readouterr()
+    assert call(*command) == 0
+    said = capsys.readouterr().out
+    assert (
+        f"- t: no verdict, since runs that would count have diverged.\n- t: diverged, in no number: {lost.name}.\n"
+        in said
+    )
+    (lost / "kept.json").rename(lost / "metrics.json")
     # Other images, another diagnosis.
     assert call(*command[:-1], 10) == 0
     assert {json.loads(path.read_text(encoding="utf-8"))["images"] for path in runs.glob("*/diagnosis.json")} == {10}

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.images < 1:
         raise ValueError(f"--images {args.images} must be at least 1")
     recipes = load_list(args.list, args.runs)
-    unfinished, finished = _progress(recipes, args.runs)
+    unfinished, finished, diverged = _progress(recipes, args.runs)
     if not finished:
         raise ValueError(f"no run of the list {args.list} is finished in {args.runs}: poolskip train-many {args.list}")
     found = [_measure(recipe, args) for recipe in finished]
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         if (recipe.name, recipe.seed) in counted:
             runs[place] = dataclasses.replace(runs[place], test_top1=_test(recipe, args))
     output = args.output or args.runs
-    text = summary(runs, unfinished)
+    text = summary(runs, unfinished, [(recipe.name, recipe.seed) for recipe in diverged])
     for name, content in (("runs.csv", to_csv(runs, Run)), ("layers.csv", to_csv(layers, LayerRow))):
         write_atomic(output / name, content.encode())
     pictures = [output / "cost.png"]
@@ -60,19 +60,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _progress(recipes: list[Any], folder: Path) -> tuple[dict[str, str], list[Any]]:
-    """How far each net is that is not finished, and the recipes of finished runs."""
+def _progress(recipes: list[Any], folder: Path) -> tuple[dict[str, str], list[Any], list[Any]]:
+    """How far each net is that is not finished, and the recipes of runs that are finished, and that have diverged."""
     from ..study.results import arm_of
-    from ..training.state import finished_metrics, run_folder
+    from ..training.state import DIVERGED, finished_metrics, run_folder
 
     finished = [recipe for recipe in recipes if finished_metrics(run_folder(folder, recipe), recipe) is not None]
+    left = [recipe for recipe in recipes if recipe not in finished]
+    diverged = [recipe for recipe in left if (run_folder(folder, recipe) / DIVERGED).exists()]
     unfinished = {}
-    for net in dict.fromkeys(arm_of(recipe.name)[0] for recipe in recipes):
+    for net in dict.fromkeys(arm_of(recipe.name)[0] for recipe in left if recipe not in diverged):
         of_net = [recipe for recipe in recipes if arm_of(recipe.name)[0] == net]
         done = sum(recipe in finished for recipe in of_net)
-        if done < len(of_net):
-            unfinished[net] = f"{done} runs finished of {len(of_net)} or more"
-    return unfinished, finished
+        unfinished[net] = f"{done} runs finished of {len(of_net)} or more"
+    return unfinished, finished, diverged
 
 
 def _measure(recipe: Any, args: argparse.Namespace) -> tuple[Any, list[Any]]:

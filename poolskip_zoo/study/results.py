@@ -6,10 +6,11 @@ docs/study.md states the rules, which were written before the runs.
 import csv
 import dataclasses
 import io
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean, stdev, variance
 from typing import Any
 
 __all__ = [
@@ -214,16 +215,19 @@ def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
         [0.5, -1.578, 2.578]
     """
     try:
-        from scipy.stats import ttest_ind
+        from scipy.stats import t
     except ImportError as error:
         raise ImportError("intervals need scipy: pip install 'poolskip-zoo[train]'") from error
     if min(len(a), len(b)) < 2:
         raise ValueError(f"an interval needs two seeds at least, not {len(a)} and {len(b)}")
     difference = mean(a) - mean(b)
-    if not stdev(a) + stdev(b):  # scipy would warn
+    # Not by scipy's own test, which warns of values that are nearly equal.
+    of_a, of_b = variance(a) / len(a), variance(b) / len(b)
+    if not of_a + of_b:
         return difference, difference, difference
-    low, high = ttest_ind(a, b, equal_var=False).confidence_interval()
-    return difference, float(low), float(high)
+    freedom = (of_a + of_b) ** 2 / (of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1))
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(of_a + of_b)
+    return difference, difference - half, difference + half
 
 
 def _test(runs: Iterable[Run]) -> list[float]:
@@ -262,20 +266,29 @@ def verdict(runs: Sequence[Run], net: str) -> list[str]:
     of = {arm: chosen(runs, net, arm) for arm in ARMS}
     rivals = {arm: _difference(of["B"], of[arm]) for arm in ("C", "F") if of[arm]}
     told = ", ".join(f"B − {arm} = {_told(found)}" for arm, found in rivals.items())
-    if len(rivals) == 2:
+    if len(rivals) < 2:
+        says = "no verdict on whether Pool Skip helps, which needs C and F"
+    elif None in rivals.values():
+        says = "no verdict on whether Pool Skip helps, which needs two seeds of each of B, C and F"
+    else:
         helps = all(found is not None and found[1] > 0 for found in rivals.values())
         says = "Pool Skip helps" if helps else "it is not shown that Pool Skip helps"
-    else:
-        says = "no verdict on whether Pool Skip helps, which needs C and F"
     sentences = [f"{net}: {says} ({told or 'no arm to compare with'}; test accuracy in points, 95 %)."]
     counts = {decay: _fewer(runs, net, decay) for decay in decays(runs, net)}
     told = ", ".join(f"{decay:g}: B − C = {_told(found, 1)}" for decay, found in counts.items())
-    supported = any(high < 0 for _, _, high in counts.values()) and all(found[0] <= 0 for found in counts.values())
+    # Where the seeds of each arm agree there is no interval: they may do so by chance.
+    below = any(low < high < 0 for _, low, high in counts.values())
+    supported = below and all(found[0] <= 0 for found in counts.values())
     says = "the mechanism is supported" if supported else "the mechanism is not supported"
+    if not supported and any(low == high < 0 for _, low, high in counts.values()):
+        says += ", since seeds that agree give no interval"
     of_both = [run for decay in counts for arm in ("B", "C") for run in chosen(runs, net, arm, decay)]
     if of_both and not any(run.inert for run in of_both):
         says += ", nor was it put to the test: neither B nor C has inert filters"
-    sentences.append(f"{net}: {says} (inert base filters at weight decay {told or 'none: too few runs'}).")
+    if counts:
+        sentences.append(f"{net}: {says} (inert base filters at weight decay {told}).")
+    else:
+        sentences.append(f"{net}: no verdict on the mechanism, which needs two seeds of A, B and C at a weight decay.")
     for arm in _CHEAP:
         found = _difference(of[arm], of["B"])
         if found is not None:
@@ -289,15 +302,27 @@ def _fewer(runs: Sequence[Run], net: str, decay: float) -> tuple[float, float, f
     return welch(b, c)
 
 
-def summary(runs: Sequence[Run], unfinished: dict[str, str]) -> str:
+def summary(runs: Sequence[Run], unfinished: dict[str, str], diverged: Sequence[tuple[str, int]] = ()) -> str:
     """Verdict and tables in Markdown, without a last line break.
 
-    `unfinished`: net to how far it is, of nets whose runs are not all finished; they have no verdict yet.
+    `unfinished`: net to how far it is, of nets whose runs are not all finished; they have no verdict yet. `diverged`:
+    recipes and seeds of runs that have no result. Where one is of a setting that counts, or of an arm that has none,
+    there is no verdict: the seeds that are left are a choice by outcome.
     """
     nets = list(dict.fromkeys(run.net for run in runs))
+    known = {(run.net, run.arm) for run in runs}
+    counted = {run.recipe for run in reported(runs)}
     lines = ["### Verdict", ""]
-    for net in nets:
-        said = [f"{net}: {unfinished[net]}: no verdict yet."] if net in unfinished else verdict(runs, net)
+    for net in dict.fromkeys([*nets, *unfinished, *(arm_of(name)[0] for name, _ in diverged)]):
+        lost = [(name, seed) for name, seed in diverged if arm_of(name)[0] == net]
+        if net in unfinished:
+            said = [f"{net}: {unfinished[net]}: no verdict yet."]
+        elif any(name in counted or arm_of(name) not in known for name, _ in lost):
+            said = [f"{net}: no verdict, since runs that would count have diverged."]
+        else:
+            said = verdict(runs, net)
+        if lost:
+            said.append(f"{net}: diverged, in no number: {', '.join(f'{name}-s{seed}' for name, seed in lost)}.")
         lines += [f"- {sentence}" for sentence in said]
     for net in nets:
         lines += ["", f"### {net}", "", *_arms_table(runs, net)]
