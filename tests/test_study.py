@@ -216,6 +216,15 @@ def test_a_grid_chooses_only_for_further_seeds(tmp_path: Path) -> None:
         load_list(path, tmp_path / "nothing is trained yet")
 
 
+def test_settings_that_only_something_else_tells_apart_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text(recipe(**{**PLAIN, "name": "x.study-A"}).to_yaml())
+    path = tmp_path / "list.yaml"
+    path.write_text(f"- {{recipe: {tmp_path / 'one.yaml'}, grid: [{{batch_size: 32}}, {{batch_size: 64}}]}}\n")
+    said = r"x\.study-A_batch_size32 and x\.study-A_batch_size64 are arm A of x at lr=\S+ weight_decay=\S+: the"
+    with pytest.raises(ValueError, match=said):
+        call(verb, tmp_path, "--list", path)
+
+
 # --- the rules
 
 

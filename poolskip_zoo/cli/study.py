@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.images < 1:
         raise ValueError(f"--images {args.images} must be at least 1")
     recipes = load_list(args.list, args.runs)
+    _check_settings(recipes)
     unfinished, finished, diverged = _progress(recipes, args.runs)
     if not finished:
         raise ValueError(f"no run of the list {args.list} is finished in {args.runs}: poolskip train-many {args.list}")
@@ -58,6 +59,21 @@ def run(args: argparse.Namespace) -> int:
         _renew(args.page, text, output, pictures)
     print(text)
     return 0
+
+
+def _check_settings(recipes: list[Any]) -> None:
+    """Refuse recipes of an arm that differ neither in learning rate nor in weight decay: their runs would be mixed."""
+    from ..study.results import arm_of
+
+    named: dict[tuple[Any, ...], str] = {}
+    for recipe in recipes:
+        net, arm = arm_of(recipe.name)
+        other = named.setdefault((net, arm, recipe.lr, recipe.weight_decay), recipe.name)
+        if other != recipe.name:
+            raise ValueError(
+                f"{other} and {recipe.name} are arm {arm} of {net} at lr={recipe.lr:g}, "
+                f"weight_decay={recipe.weight_decay:g}: the settings of an arm must differ in one of the two"
+            )
 
 
 def _progress(recipes: list[Any], folder: Path) -> tuple[dict[str, str], list[Any], list[Any]]:
