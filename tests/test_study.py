@@ -223,6 +223,9 @@ def test_settings_that_only_something_else_tells_apart_are_refused(tmp_path: Pat
     said = r"x\.study-A_batch_size32 and x\.study-A_batch_size64 are arm A of x at lr=\S+ weight_decay=\S+: the"
     with pytest.raises(ValueError, match=said):
         call(verb, tmp_path, "--list", path)
+    path.write_text("- {recipe: unet_resnet18.camvid_r180, set: {name: x.study-A}}\n")
+    with pytest.raises(ValueError, match=r"x\.study-A segments camvid: a study is of classifiers"):
+        call(verb, tmp_path, "--list", path)
 
 
 # --- the rules

@@ -62,11 +62,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_settings(recipes: list[Any]) -> None:
-    """Refuse recipes of an arm that differ neither in learning rate nor in weight decay: their runs would be mixed."""
+    """Refuse segmentation, and recipes of an arm of equal learning rate and weight decay: their runs would be mixed."""
     from ..study.results import arm_of
 
     named: dict[tuple[Any, ...], str] = {}
     for recipe in recipes:
+        if recipe.segments:
+            raise ValueError(f"{recipe.name} segments {recipe.dataset}: a study is of classifiers")
         net, arm = arm_of(recipe.name)
         other = named.setdefault((net, arm, recipe.lr, recipe.weight_decay), recipe.name)
         if other != recipe.name:
