@@ -10,6 +10,9 @@ from .results import ARMS, COMPARED, LayerRow, Run, chosen, decays
 
 __all__ = ["draw_cost", "draw_depth"]
 
+# Over depth, where arms lie on each other and two colours are alike to many eyes.
+_LINES = dict(zip(COMPARED, ("o-", "^-", "s--"), strict=True))
+
 
 def draw_cost(path: Path, runs: Sequence[Run]) -> None:
     """Draw accuracy of each arm, by rising cost: each seed a dot, each arm's mean and standard deviation.
@@ -89,7 +92,7 @@ def draw_depth(path: Path, runs: Sequence[Run], layers: Sequence[LayerRow]) -> N
     for axes, (net, decay) in zip(grid[0], columns, strict=True):
         axes.set_title(f"{net}, weight decay {decay:g}", fontsize="medium")
     for axes in grid[-1]:
-        axes.set_xlabel("depth: convolutions in the model's order")
+        axes.set_xlabel("depth in convolutions; means over seeds")
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=min(5, 2 * len(columns)))
     save_figure(figure, path)
 
@@ -104,7 +107,7 @@ def _plot(axes: Any, layers: list[LayerRow], value: Callable[..., float | None],
     if by_depth:
         depths = sorted(by_depth)
         means = [mean(by_depth[depth]) for depth in depths]
-        axes.plot(depths, means, ".-", color=_colour(arm), alpha=0.8, label=", ".join(ARMS[arm]))
+        axes.plot(depths, means, _LINES[arm], markersize=4, color=_colour(arm), alpha=0.8, label=", ".join(ARMS[arm]))
 
 
 def _colour(arm: str) -> str:
