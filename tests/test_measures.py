@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from poolskip_zoo.diagnostics import diagnose
+from poolskip_zoo.diagnostics.cost import measure_latency
 from poolskip_zoo.diagnostics.measures import (
     filters_of,
     l2_l1,
@@ -89,3 +90,9 @@ def test_transposed_weights_are_turned(groups):
     after = module(torch.randn(1, 4, 5, 5))
     assert before[:, 4].any()
     assert not after[:, 4].any()
+
+
+def test_latency_begins_each_round_with_another_program() -> None:
+    ran: list[str] = []
+    assert len(measure_latency([lambda: ran.append("a"), lambda: ran.append("b")], rounds=2)) == 2
+    assert "".join(ran) == "abbaabba"
