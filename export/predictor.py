@@ -78,7 +78,8 @@ class Predictor:
 
         Returns:
             For a classifier its (label, probability) pairs, the most likely first; for a segmentation model the class
-            of each pixel, an int32 array (height, width) of the image's own size.
+            of each pixel, an int32 array (height, width) of the image's own size. Where the metadata hold a
+            `threshold` classes may overlap: (classes, height, width), 1 where a class's output is above it.
 
         Raises:
             OSError: if the file is missing or no image.
@@ -132,9 +133,12 @@ class Predictor:
         return [(labels[i], float(shares[i])) for i in np.argsort(-shares, kind="stable")]
 
     def _mask(self, output: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        classes = output[0].argmax(0) if output.shape[1] > 1 else output[0, 0] > 0
-        mask = Image.fromarray(classes.astype(np.int32)).resize(size, Image.Resampling.NEAREST)
-        return np.asarray(mask)
+        threshold = self.metadata.get("threshold")
+        exclusive = threshold is None and output.shape[1] > 1
+        found = output[0].argmax(0)[None] if exclusive else output[0] > (threshold or 0)
+        images = [Image.fromarray(each.astype(np.int32)) for each in found]
+        masks = np.stack([np.asarray(each.resize(size, Image.Resampling.NEAREST)) for each in images])
+        return masks[0] if len(masks) == 1 else masks
 
 
 def _load(path: str, runtimes: tuple[str, ...]) -> tuple[Run, str | None, int]:
@@ -179,7 +183,11 @@ if __name__ == "__main__":
         found = predictor(name)
         if isinstance(found, np.ndarray):  # of pixels: the shares of the classes
             labels = predictor.metadata.get("class_names") or []
-            classes, counts = np.unique(found, return_counts=True)
+            if found.ndim == 3 or len(labels) == 1:  # one mask for each class
+                classes, shares = range(len(found) if found.ndim == 3 else 1), found.mean((-2, -1)).flat
+            else:
+                classes, counts = np.unique(found, return_counts=True)
+                shares = counts / found.size
             known = [labels[each] if each < len(labels) else str(each) for each in classes]
-            found = sorted(zip(known, counts / found.size, strict=True), key=lambda pair: -pair[1])
+            found = sorted(zip(known, shares, strict=True), key=lambda pair: -pair[1])
         print(f"{name}: " + ", ".join(f"{label} {share:.1%}" for label, share in found[:5]))

@@ -59,7 +59,8 @@ def to_onnx(
         half: whether weights and computation are float16; inputs and outputs stay float32.
         lowering: one of `LOWERINGS` in place of the target's own.
         metadata: JSON-ready entries for the file, which `Predictor` reads: `class_names`, `mean`, `std`, `input_size`,
-            `interpolation`, `crop_pct`, `crop_mode`, `checkpoint`, ….
+            `interpolation`, `crop_pct`, `crop_mode`, `checkpoint`, …; of masks, whose `task` is `segmentation`, the
+            `threshold` of each class where classes may overlap, 0.5 by default if the model ends in a sigmoid.
 
     Returns:
         The report.
@@ -97,6 +98,8 @@ def to_onnx(
     unoptimized = partial(_export, lowered, args, dynamic, opset, optimize=False)
     blocks = [block.to_dict(half) for block in blocks_of(lowered)]
     facts = verify.described(target, blocks, metadata, opset=opset, half=half, dynamic=list(dynamic))
+    if facts.get("task") == "segmentation" and _ends_in_sigmoid(proto):
+        facts.setdefault("threshold", 0.5)
     _finish(proto, args, dynamic, facts)
     report = {"file": path.name, **facts, "checked_in": checked_in, "blocks": blocks}
     report.pop("class_names", None)
@@ -206,6 +209,15 @@ def _explained() -> Iterator[None]:
         raise RuntimeError(f"torch.onnx cannot write this model: {verify.first_line(cause)}") from error
     finally:
         logger.setLevel(level)
+
+
+def _ends_in_sigmoid(proto: Any) -> bool:
+    """Whether the first output is of probabilities, one by one, as smp's `activation="sigmoid"` gives them."""
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    node = makers.get(proto.graph.output[0].name)
+    while node is not None and node.op_type == "Cast":  # of half
+        node = makers.get(node.input[0])
+    return node is not None and node.op_type == "Sigmoid"
 
 
 def _finish(proto: Any, args: tuple[Any, ...], dynamic: Sequence[str], facts: dict[str, Any]) -> None:

@@ -171,6 +171,26 @@ def test_a_mask_of_one_channel_is_where_that_is_above_zero(exported):
     predictor.metadata.update(task="segmentation", input_size=[3, 2, 2])
     predictor._run = lambda array: [np.array([[[[1.0, -1.0], [-1.0, 2.0]]]], np.float32)]
     assert predictor(Image.new("RGB", (4, 2))).tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
+    predictor.metadata.update(threshold=0.5)
+    predictor._run = lambda array: [np.array([[[[0.9, 0.1]], [[0.6, 0.4]], [[0.2, 0.3]]]], np.float32)]
+    masks = predictor(Image.new("RGB", (2, 1)))  # that may overlap
+    assert masks.tolist() == [[[1, 0]], [[1, 0]], [[0, 0]]]
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_masks_of_probabilities_are_cut_at_one_half(tmp_path, half):
+    facts = {"task": "segmentation", "input_size": [3, 2, 2], "mean": [0.5] * 3, "std": [0.5] * 3}
+    facts.update(interpolation="bilinear", crop_pct=1.0, class_names=["white"])
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 1, 1), torch.nn.Sigmoid()).eval()
+    torch.nn.init.ones_(net[0].weight)
+    to_onnx(net, torch.randn(1, 3, 2, 2), tmp_path / "net.onnx", half=half, metadata=facts)
+    image = Image.new("RGB", (8, 2))
+    image.paste("white", (0, 0, 4, 2))
+    assert Predictor(tmp_path / "net.onnx")(image).tolist() == [[1] * 4 + [0] * 4] * 2
+    image.save(tmp_path / "x.png")
+    command = [sys.executable, "poolskip_predictor.py", "net.onnx", "x.png"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "x.png: white 50.0%\n", done.stderr
 
 
 def test_files_that_are_none_of_ours(tmp_path):
