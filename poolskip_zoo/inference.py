@@ -217,7 +217,9 @@ def segment(
     for top in _starts(height, tall, overlap):
         for left in _starts(width, wide, overlap):
             part = images[:, :, top : top + tall, left : left + wide]
-            found = model(F.pad(part, (0, -wide % _STRIDE, 0, -tall % _STRIDE)))[:, :, :tall, :wide].float()
+            found = model(F.pad(part, (0, -wide % _STRIDE, 0, -tall % _STRIDE)))
+            # With smp's aux_params the logits of a classifier come second.
+            found = (found[0] if isinstance(found, tuple) else found)[:, :, :tall, :wide].float()
             if not logits.numel():
                 logits = found.new_zeros(*found.shape[:2], height, width)
             logits[:, :, top : top + tall, left : left + wide] += found
@@ -291,6 +293,9 @@ class Segmenter:
 
         Returns:
             For each image its labels (H, W), uint8, at the image's own size.
+
+        Raises:
+            ValueError: if the model has not as many classes as the data set.
         """
         import numpy as np
 
@@ -308,6 +313,10 @@ class Segmenter:
         found = []
         for batch, labels in loader:
             logits = segment(self.model, batch.to(parameter.dtype), labels.shape[1:], self.window, self.overlap)
+            if logits.shape[1] != self.info.num_classes:
+                raise ValueError(
+                    f"the model tells {logits.shape[1]} classes apart, {self.info.title} has {self.info.num_classes}"
+                )
             found.append(logits.argmax(1)[0].byte().cpu())
         return found
 

@@ -44,6 +44,21 @@ def test_half_precision():
     assert (labels == half).float().mean() > 0.9
 
 
+def test_a_model_of_other_classes_is_no_segmenter_of_the_data_set():
+    with pytest.raises(ValueError, match=r"tells 1 classes apart, CamVid .* has 11"):
+        Segmenter(torch.nn.Conv2d(3, 1, 1), "camvid")([IMAGE])
+
+
+def test_a_model_with_a_classifier_beside_segments():
+    class WithLabels(torch.nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x), x.mean((2, 3))
+
+    net = WithLabels(3, 11, 1)
+    images = torch.rand(1, 3, 40, 50)
+    torch.testing.assert_close(segment(net, images, (40, 50), (32, 32)), net(images)[0])
+
+
 def test_images_are_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # Orientation: turn by 90° to show
