@@ -129,6 +129,12 @@ def _get_encoder(
     output_stride: int = 32,
     **kwargs: Any,
 ) -> Any:
+    arch, dot, tag = name.partition(".")
+    if dot and arch in encoder_names():
+        raise ValueError(
+            f"the encoder {name!r} has a tag: give encoder_name={arch!r} with encoder_weights={tag!r}, or "
+            f"encoder_name={'tu-' + name!r}"
+        )
     plain = name.removeprefix("tu-")
     record = find(plain)
     small_stem = record is not None and "stem_stride" in record.model_args

@@ -65,6 +65,12 @@ def test_models_for_small_images_are_no_encoders():
         build_encoder("resnet20_cifar_poolskip")
 
 
+def test_a_tag_in_the_name_is_told_where_it_belongs():
+    said = r"give encoder_name='resnet18_poolskip' with encoder_weights='a1_in1k', or encoder_name='tu-"
+    with pytest.raises(ValueError, match=said):
+        smp.Unet("resnet18_poolskip.a1_in1k")
+
+
 def test_other_encoders_stay_smps_own():
     encoder = get_encoder("resnet18", in_channels=1, depth=4, weights=None)
     assert type(encoder).__module__.startswith("segmentation_models_pytorch")
