@@ -136,6 +136,10 @@ def _get_encoder(
             f"encoder_name={'tu-' + name!r}"
         )
     plain = name.removeprefix("tu-")
+    if weights == "imagenet" and name != plain and plain in encoder_names():
+        # smp's default means the same by either name; without a tag timm would take a checkpoint of ours first.
+        plain = f"{plain}.{_find_weights(plain, weights, optional=True).tag}"
+        name = f"tu-{plain}"
     record = find(plain)
     small_stem = record is not None and "stem_stride" in record.model_args
     if small_stem:

@@ -19,7 +19,7 @@ from poolskip_zoo.registry import checkpoint as checkpoint_module
 from poolskip_zoo.registry import resolve
 from poolskip_zoo.registry.catalogue import registered_models
 from poolskip_zoo.registry.checkpoint import Checkpoint
-from poolskip_zoo.registry.smp import encoder_names, register_with_smp
+from poolskip_zoo.registry.smp import _get_encoder, encoder_names, register_with_smp
 
 TINY = [name for name in encoder_names() if name.startswith("test_")]
 # Smaller where the model has a size to choose, for timm's VGG head alone has 119 million parameters.
@@ -69,6 +69,17 @@ def test_a_tag_in_the_name_is_told_where_it_belongs():
     said = r"give encoder_name='resnet18_poolskip' with encoder_weights='a1_in1k', or encoder_name='tu-"
     with pytest.raises(ValueError, match=said):
         smp.Unet("resnet18_poolskip.a1_in1k")
+
+
+def test_imagenet_is_the_warm_start_by_smps_other_name_too():
+    def passed_on(*args):
+        return _get_encoder(lambda name, *rest: name, *args)
+
+    assert passed_on("tu-resnet50_poolskip", 3, 5, "imagenet") == "tu-resnet50_poolskip.a1_in1k"
+    for weights in (True, None):
+        assert passed_on("tu-resnet50_poolskip", 3, 5, weights) == "tu-resnet50_poolskip"
+    with pytest.raises(ValueError, match="no weights 'imagenet' for the encoder 'test_resnet_poolskip': choose None"):
+        passed_on("tu-test_resnet_poolskip", 3, 5, "imagenet")
 
 
 def test_other_encoders_stay_smps_own():
