@@ -48,6 +48,18 @@ def test_readme_says_what_the_plain_net_shows() -> None:
     assert f"it is not supported: {found[1]}" in said
 
 
+@pytest.mark.parametrize(
+    ("study", "decay", "arms"),
+    [("study_decay", 0.02, "CA"), ("study_decay_again", 0.01, "C"), ("study_decay_plain", 0.01, "CA")],
+)
+def test_readme_says_the_accuracy_of_the_runs_under_decay(study: str, decay: float, arms: str) -> None:
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    of = {arm: [r.test_top1 for r in recorded(study) if (r.arm, r.weight_decay) == (arm, decay)] for arm in "ABC"}
+    for arm in arms:
+        found, low, high = welch(of["B"], of[arm])
+        assert f"B − {'base' if arm == 'A' else arm} = {found:+.2f} [{low:+.2f}, {high:+.2f}]" in said
+
+
 def test_the_repetition_says_the_intervals_of_all_its_seeds() -> None:
     runs = [run for run in recorded("study_decay") if run.weight_decay == 0.01] + recorded("study_decay_again")
     page = " ".join((ROOT / "docs" / "study_decay_again.md").read_text(encoding="utf-8").split())
