@@ -184,7 +184,8 @@ if __name__ == "__main__":
         if isinstance(found, np.ndarray):  # of pixels: the shares of the classes
             labels = predictor.metadata.get("class_names") or []
             if found.ndim == 3 or len(labels) == 1:  # one mask for each class
-                classes, shares = range(len(found) if found.ndim == 3 else 1), found.mean((-2, -1)).flat
+                shares = np.atleast_1d(found.mean((-2, -1)))
+                classes = np.arange(len(shares))
             else:
                 classes, counts = np.unique(found, return_counts=True)
                 shares = counts / found.size
