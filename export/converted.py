@@ -62,12 +62,13 @@ def lower_for(
     target: str,
     lowering: str | None = None,
     dynamic: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
 ) -> Lowered:
     """Lower a model at the sizes of its example or, on the axes of `dynamic`, at open ones of at most these.
 
     Raises ValueError if an option is unknown, an unpooling cannot be lowered, or the model cannot have the open axes.
     """
-    args = checked(model, example, dynamic, target, lowering)
+    args = checked(model, example, dynamic, target, lowering, metadata)
     inputs, program = capture_bounded(model, args, dynamic)
     module = unguarded(lower_unpooling(program, target=target, lowering=lowering))
     for each in module.modules():
@@ -108,7 +109,7 @@ def write_converted(
     `make` has the converter and the runtime. Returns the report, as it lies beside the file. Raises as `lower_for`, and
     RuntimeError if a check fails; then there is no file.
     """
-    lowered = lower_for(model, example, target, lowering, dynamic)
+    lowered = lower_for(model, example, target, lowering, dynamic, metadata)
     facts = verify.described(target, lowered.blocks, metadata, dynamic=list(dynamic))
     report = {"file": path.name, **facts, "checked_in": f"{target} CPU", "blocks": lowered.blocks}
     with kept(path) as made:

@@ -1,6 +1,7 @@
 """Arguments of a model: checked, at other sizes, and the names of their axes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -60,8 +61,14 @@ def checked(
     dynamic: Sequence[str],
     target: str = "onnxruntime",
     lowering: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """The arguments of a model to export; ValueError names what about it, them or an option no file can have."""
+    for key, value in (metadata or {}).items():
+        try:
+            json.dumps({key: value})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"metadata: {key!r} is not JSON-ready: {error}") from error
     choice, args = check_target(target, lowering), as_args(example)
     _check_arguments(model, args, dynamic)
     if dynamic and not choice.dynamic:

@@ -55,7 +55,7 @@ def to_coreml(
         ImportError: if coremltools is missing.
     """
     path = check_output(path, ".mlpackage")
-    lowered = lower_for(model, example, "coreml", lowering, dynamic)
+    lowered = lower_for(model, example, "coreml", lowering, dynamic, metadata)
     try:
         import coremltools
     except ImportError as error:

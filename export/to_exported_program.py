@@ -58,7 +58,7 @@ def to_exported_program(
         ValueError: if an option is unknown, an unpooling cannot be lowered, or the model cannot have the open axes.
         RuntimeError: if the check fails; then there is no file.
     """
-    path, args = check_output(path, ".pt2"), checked(model, example, dynamic, lowering=lowering)
+    path, args = check_output(path, ".pt2"), checked(model, example, dynamic, lowering=lowering, metadata=metadata)
     write = partial(_write, model, args, path, dynamic, lowering, metadata)
     *others, last = _CAPTURES if dynamic else _CAPTURES[-1:]
     for options in others:

@@ -48,7 +48,7 @@ def to_ncnn(
         RuntimeError: if the conversion or a check fails; then there is no file.
         ImportError: if ncnn, pnnx or a library of the ONNX export is missing.
     """
-    path, args = check_output(path, ".param"), checked(model, example, dynamic, "ncnn")
+    path, args = check_output(path, ".param"), checked(model, example, dynamic, "ncnn", metadata=metadata)
     batches = {each.shape[0] for each in args}
     if batches != {1}:
         raise ValueError(f"example: batches {sorted(batches)}: ncnn takes one image at a time")

@@ -74,7 +74,7 @@ def to_onnx(
     _check_opset(opset)
     if dynamic is None:
         dynamic = ("batch",) if choice.dynamic else ()
-    args = checked(model, example, dynamic, target, lowering)
+    args = checked(model, example, dynamic, target, lowering, metadata)
     for name, value in model.named_parameters():
         if value.is_floating_point() and value.dtype != torch.float32:
             raise ValueError(f"{name} is {value.dtype}: call model.float() first; half=True writes float16")

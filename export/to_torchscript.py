@@ -54,7 +54,7 @@ def to_torchscript(
     if method not in ("trace", "script"):
         raise ValueError(f"method={method!r}: expected 'trace' or 'script'")
     path = check_output(path, ".pt", ".pth", ".ts", ".jit", ".torchscript")
-    args = checked(model, example, dynamic)
+    args = checked(model, example, dynamic, metadata=metadata)
     with torch.no_grad():
         inputs = first_fit(open_inputs(args, dynamic), dynamic, partial(run_at, model))
         inputs += runnable(model, odd_inputs(args, dynamic))

@@ -315,7 +315,7 @@ class Segmenter:
             logits = segment(self.model, batch.to(parameter.dtype), labels.shape[1:], self.window, self.overlap)
             if logits.shape[1] != self.info.num_classes:
                 raise ValueError(
-                    f"the model tells {logits.shape[1]} classes apart, {self.info.title} has {self.info.num_classes}"
+                    f"the model has {logits.shape[1]} classes, {self.info.title} has {self.info.num_classes}"
                 )
             found.append(logits.argmax(1)[0].byte().cpu())
         return found

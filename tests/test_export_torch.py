@@ -291,7 +291,7 @@ class DropIn(torch.nn.Module):
         return self.unpool(*self.pool(x), x.shape)
 
 
-def test_options_are_checked(tmp_path):
+def test_options_are_checked(tmp_path, monkeypatch):
     model, x = SegNet().eval(), torch.randn(1, 3, 32, 32)
     with pytest.raises(ValueError, match="method='jit'"):
         to_torchscript(model, x, tmp_path / "net.pt", "jit")
@@ -311,6 +311,10 @@ def test_options_are_checked(tmp_path):
         to_exported_program(model, x, tmp_path / "net.pt2", dynamic=("depth",))
     with pytest.raises(ValueError, match=r"metadata: 'mean' is not JSON-ready: .* float32"):
         to_torchscript(model, x, tmp_path / "net.pt", metadata={"checkpoint": "a.b", "mean": [np.float32(0.5)]})
+    # Before the model is captured, which may take a minute.
+    monkeypatch.delattr(sys.modules[to_exported_program.__module__], "capture_open")
+    with pytest.raises(ValueError, match="metadata: 'std' is not JSON-ready"):
+        to_exported_program(model, x, tmp_path / "net.pt2", metadata={"std": x})
     assert not list(tmp_path.iterdir())
 
 

@@ -45,7 +45,7 @@ def test_half_precision():
 
 
 def test_a_model_of_other_classes_is_no_segmenter_of_the_data_set():
-    with pytest.raises(ValueError, match=r"tells 1 classes apart, CamVid .* has 11"):
+    with pytest.raises(ValueError, match=r"the model has 1 classes, CamVid .* has 11"):
         Segmenter(torch.nn.Conv2d(3, 1, 1), "camvid")([IMAGE])
 
 

@@ -422,7 +422,7 @@ def test_validate_refuses_what_does_not_fit(data: Path, finished: Path, tmp_path
     weights = finished / "model.safetensors"
     common = ("--data-dir", data, "--dataset", "cifar10_jpeg")
     for error, message, arguments in (
-        (ValueError, "it is not known what 'test_resnet' was trained on: give --dataset", ("test_resnet",)),
+        (ValueError, "what 'test_resnet' was trained on is unknown: give --dataset", ("test_resnet",)),
         (ValueError, "unknown dataset 'mnist'", ("test_resnet", "--dataset", "mnist")),
         (ValueError, "unknown model 'nope'", ("nope", *common)),
         (ValueError, "--batch-size 0 must be", ("test_resnet", *common, "--batch-size", 0)),

@@ -139,7 +139,7 @@ def _segment_road(path):
 
 
 def _latencies(model, path, x):
-    """Median milliseconds of the model, its file and its base, which take turns."""
+    """Median milliseconds of the model and its base, which take turns, and of the file after them."""
     import copy
 
     from ..diagnostics.cost import measure_latency
@@ -147,10 +147,8 @@ def _latencies(model, path, x):
     from ..layers import remove_pool_skip
 
     base = remove_pool_skip(copy.deepcopy(model))
+    times = measure_latency([lambda: model(x), lambda: base(x)], 15)
+    # By itself: ONNX Runtime's threads spin for a while after each run, which slows down what comes next.
     session, image = runner(path, "onnxruntime"), x.numpy()
-    programs = {
-        "PyTorch": lambda: model(x),
-        "ONNX Runtime": lambda: session([image]),
-        "the base model in PyTorch": lambda: base(x),
-    }
-    return dict(zip(programs, measure_latency(list(programs.values()), 15), strict=True))
+    times += measure_latency([lambda: session([image])], 15)
+    return dict(zip(("PyTorch", "the base model in PyTorch", "ONNX Runtime"), times, strict=True))

@@ -67,7 +67,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size} must be at least 1")
-    unknown = ValueError(f"it is not known what {args.name!r} was trained on: give --dataset")
+    unknown = ValueError(f"what {args.name!r} was trained on is unknown: give --dataset")
     if is_model_pretrained(args.name) and not (args.dataset or args.checkpoint or find(args.name)):
         raise unknown  # before weights of timm's are fetched
     subject = load(args.name, args.checkpoint, args.dataset, way_out=_WAY_OUT)
